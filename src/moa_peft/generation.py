@@ -1,0 +1,240 @@
+"""Generating text with a saved adapter: loading, batches sorted by length, results in input order.
+
+Greedy decoding is exactly greedy: the sampling, penalty and length settings that many base models ship in their
+generation_config.json are left out, only their end tokens are kept.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import Progress
+from transformers import GenerationConfig, PreTrainedTokenizerBase, TextStreamer
+from transformers.generation.streamers import BaseStreamer
+
+from moa_peft.adapter_files import check_adapter_folder
+from moa_peft.base_models import Dtype, load_config, load_model, load_tokenizer, pad_token_id
+from moa_peft.errors import UserError
+
+TOKENIZER_FILE = "tokenizer_config.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoadedAdapter:
+    """A model ready to generate.
+
+    Attributes:
+        model: the base with the adapter, in evaluation mode.
+        tokenizer: the tokenizer of the run, or of the base.
+        template: the prompt template the adapter was trained with, None when the folder does not say.
+    """
+
+    model: Any
+    tokenizer: PreTrainedTokenizerBase
+    template: str | None
+
+
+def load_adapter(
+    folder: str | Path,
+    *,
+    base: str | None = None,
+    dtype: Dtype = "auto",
+    attn_implementation: str | None = None,
+    trust_remote_code: bool = False,
+    device: str | torch.device | None = None,
+) -> LoadedAdapter:
+    """Load an adapter folder and its base model.
+
+    Args:
+        folder: output of `moa train`, or any folder that `save_pretrained` wrote.
+        base: base model; default: the one that the run (run.json) or the adapter names.
+        dtype: storage type of the base.
+        attn_implementation: transformers' name of an attention implementation.
+        trust_remote_code: run Python code that comes with the base model.
+        device: default: the first GPU, else the CPU.
+
+    Raises:
+        UserError: see `check_adapter_folder` and `load_model`; everything is checked before weights are loaded.
+    """
+    from peft import PeftModel
+
+    path = Path(folder).expanduser()
+    config = check_adapter_folder(path)
+    recipe = _run_recipe(path)
+    reference = base or recipe.get("model") or config.base_model_name_or_path
+    if not reference:
+        raise UserError(f"adapter: {str(path)!r} does not say which model it belongs to. Give it with --base.")
+    base_config = load_config(reference, trust_remote_code=trust_remote_code)
+    config = check_adapter_folder(path, base_config)
+    has_tokenizer = (path / TOKENIZER_FILE).is_file()
+    tokenizer = _adapter_tokenizer(path) if has_tokenizer else load_tokenizer(reference)
+    model = load_model(
+        reference, dtype=dtype, attn_implementation=attn_implementation, trust_remote_code=trust_remote_code
+    )
+    target = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    adapted = PeftModel.from_pretrained(model, str(path), config=config).to(target).eval()
+    return LoadedAdapter(model=adapted, tokenizer=tokenizer, template=recipe.get("data", {}).get("template"))
+
+
+def generate_texts(
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Sequence[int]],
+    *,
+    max_new_tokens: int = 256,
+    batch_size: int = 8,
+    temperature: float | None = None,
+    top_p: float | None = None,
+    num_beams: int = 1,
+    seed: int = 0,
+    console: Console | None = None,
+    streamer: BaseStreamer | None = None,
+) -> list[str]:
+    """Continue prompts.
+
+    Args:
+        model: a causal language model, with or without adapters.
+        tokenizer: decodes the new tokens.
+        prompts: token ids of each prompt, see `moa_peft.data.render_prompt`.
+        max_new_tokens: upper limit of an answer.
+        batch_size: prompts at a time. Batches are made of prompts of similar length, padded on the left.
+        temperature: sample at this temperature; None decodes greedily (or with beams).
+        top_p: sample from the smallest set of tokens with this probability; needs `temperature`.
+        num_beams: beams of beam search.
+        seed: of the sampling; results then depend on the batch size too.
+        console: where a progress bar is shown when there is more than one batch; None for none.
+        streamer: receives tokens as they come; for a single prompt.
+
+    Returns:
+        The decoded answers without special tokens, in the order of `prompts`.
+
+    Raises:
+        UserError: a value out of its range, or an empty prompt.
+    """
+    _check_settings(prompts, max_new_tokens=max_new_tokens, batch_size=batch_size, temperature=temperature, top_p=top_p)
+    config = _generation_config(
+        model,
+        tokenizer,
+        max_new_tokens=max_new_tokens,
+        num_beams=num_beams,
+        do_sample=temperature is not None,
+        **({"temperature": temperature, "top_p": top_p or 1.0, "top_k": 0} if temperature is not None else {}),
+    )
+    # Longest first: if memory does not suffice, that shows in the first batch.
+    order = sorted(range(len(prompts)), key=lambda index: -len(prompts[index]))
+    batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+    answers = [""] * len(prompts)
+    torch.manual_seed(seed)
+    was_training = model.training
+    model.eval()
+    try:
+        with _own_settings_only(model), Progress(console=console, disable=console is None or len(batches) < 2) as bar:
+            task = bar.add_task("generating", total=len(prompts))
+            for batch in batches:
+                texts = _generate_batch(model, tokenizer, [prompts[index] for index in batch], config, streamer)
+                for index, text in zip(batch, texts, strict=True):
+                    answers[index] = text
+                bar.advance(task, len(batch))
+    finally:
+        model.train(was_training)
+    return answers
+
+
+def stream_text(model: Any, tokenizer: PreTrainedTokenizerBase, prompt: Sequence[int], **settings: Any) -> str:
+    """Continue one prompt and print the text to standard output as it comes; settings as in `generate_texts`."""
+    streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+    return generate_texts(model, tokenizer, [prompt], batch_size=1, streamer=streamer, **settings)[0]
+
+
+def _generate_batch(
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: list[Sequence[int]],
+    config: GenerationConfig,
+    streamer: BaseStreamer | None,
+) -> list[str]:
+    length = max(len(prompt) for prompt in prompts)
+    device = next(model.parameters()).device
+    ids = torch.full((len(prompts), length), pad_token_id(tokenizer), dtype=torch.long)
+    mask = torch.zeros_like(ids)
+    for row, prompt in enumerate(prompts):
+        ids[row, length - len(prompt) :] = torch.tensor(prompt, dtype=torch.long)
+        mask[row, length - len(prompt) :] = 1
+    with torch.inference_mode():
+        output = model.generate(
+            input_ids=ids.to(device), attention_mask=mask.to(device), generation_config=config, streamer=streamer
+        )
+    return tokenizer.batch_decode(output[:, length:], skip_special_tokens=True)
+
+
+def _generation_config(model: Any, tokenizer: PreTrainedTokenizerBase, **settings: Any) -> GenerationConfig:
+    stored = getattr(model, "generation_config", None)
+    ends = getattr(stored, "eos_token_id", None)
+    end_ids = {tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])} - {None}
+    return GenerationConfig(
+        eos_token_id=sorted(end_ids), pad_token_id=pad_token_id(tokenizer), use_cache=True, **settings
+    )
+
+
+@contextmanager
+def _own_settings_only(model: Any) -> Iterator[None]:
+    """Hide the base's generation_config, from which `generate` would fill every setting that ours leaves open."""
+    owners = [model, model.get_base_model()] if hasattr(model, "get_base_model") else [model]
+    stored = [owner.generation_config for owner in owners]
+    for owner in owners:
+        owner.generation_config = GenerationConfig()
+    try:
+        yield
+    finally:
+        for owner, config in zip(owners, stored, strict=True):
+            owner.generation_config = config
+
+
+def _check_settings(
+    prompts: Sequence[Sequence[int]],
+    *,
+    max_new_tokens: int,
+    batch_size: int,
+    temperature: float | None,
+    top_p: float | None,
+) -> None:
+    for name, value in (("max_new_tokens", max_new_tokens), ("batch_size", batch_size)):
+        if value < 1:
+            raise UserError(f"{name}: {value} is not allowed; give at least 1.")
+    if temperature is not None and not temperature > 0:
+        raise UserError(f"temperature: {temperature} is not allowed; give more than 0, or leave it out for greedy.")
+    if top_p is not None and temperature is None:
+        raise UserError("top_p: needs temperature; without it decoding is greedy.")
+    if top_p is not None and not 0 < top_p <= 1:
+        raise UserError(f"top_p: {top_p} is not allowed; give more than 0 and at most 1.")
+    for index, prompt in enumerate(prompts):
+        if len(prompt) == 0:
+            raise UserError(f"prompt {index + 1} is empty. Give some text.")
+
+
+def _adapter_tokenizer(path: Path) -> PreTrainedTokenizerBase:
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(str(path))
+    except (OSError, ValueError) as error:
+        raise UserError(f"adapter: the tokenizer in {str(path)!r} cannot be read: {error}") from error
+
+
+def _run_recipe(path: Path) -> dict[str, Any]:
+    """The recipe in run.json of the folder, or two levels up when it is one of a run's checkpoints."""
+    for folder in (path, path.parent.parent):
+        file = folder / "run.json"
+        if file.is_file():
+            try:
+                return json.loads(file.read_text(encoding="utf-8")).get("recipe", {})
+            except (json.JSONDecodeError, UnicodeDecodeError) as error:
+                raise UserError(f"adapter: {str(file)!r} is damaged: {error}") from error
+    return {}

@@ -1,0 +1,247 @@
+"""The tuner layer: one per block, a child of the block called ``moa``.
+
+It holds the router and the experts of every adapter, routes when the block runs, and adds each expert's output at its site
+through hooks on the block's own modules, which stay untouched. Routings live from the start to the end of one block
+forward; nothing survives it.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
+
+from moa_peft.architectures import Architecture
+from moa_peft.config import MoAConfig
+from moa_peft.experts import EXPERTS, PromptExpert
+from moa_peft.plan import Slot, norm_name, submodule
+from moa_peft.prompt_attention import PROMPT_SITE, PromptSite
+from moa_peft.routers import ROUTERS
+from moa_peft.routing import Routing
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """What the layer knows of one adapter besides its tensors."""
+
+    slots: tuple[Slot, ...]
+    router_input: str
+    granularity: str
+
+    def at(self, reads: str, adds_to: str) -> list[tuple[int, Slot]]:
+        """Columns and slots of the experts between two modules of the block."""
+        return [(column, slot) for column, slot in enumerate(self.slots) if slot.modules == (reads, adds_to)]
+
+
+class MoALayer(nn.Module, BaseTunerLayer):
+    """Routers and experts of one block.
+
+    Args:
+        block: the decoder block; it is not registered as a child.
+        architecture: what the block calls its parts.
+    """
+
+    # Saving and loading rely on these names: one path component with the prefix, directly before the adapter's name.
+    adapter_layer_names = ("moa_router", "moa_experts")
+    other_param_names = ("mixtures",)
+
+    def __init__(self, block: nn.Module, architecture: Architecture) -> None:
+        super().__init__()
+        self.moa_router = nn.ModuleDict()
+        self.moa_experts = nn.ModuleDict()
+        self.mixtures: dict[str, Mixture] = {}
+        self.architecture = architecture
+        self.norm_name = norm_name(architecture, block)
+        # Outside the registry of children: the block owns this layer, not the other way round.
+        self.__dict__["block"] = block
+        self._routings: dict[str, Routing] = {}
+        self._site_inputs: dict[str, torch.Tensor] = {}
+        self._cache: Any = None
+        self._prompt_ran = False
+        self.recorder: Callable[[str, Routing], None] | None = None
+        self._handles: dict[tuple[str, str, str], Any] = {}
+        if self.norm_name is not None:
+            self._hook("norm", self.norm_name, self.norm_name)
+
+    # Adapters
+
+    def add_mixture(self, adapter_name: str, config: MoAConfig, slots: tuple[Slot, ...], hidden_size: int) -> None:
+        """Create the router and the experts of one adapter, with their initial weights."""
+        assert config.router is not None
+        router_class = ROUTERS[config.router["type"]]
+        router = router_class(hidden_size, len(slots), config.router_options())
+        router.reset_parameters(config.init)
+        experts = nn.ModuleDict()
+        for slot in slots:
+            expert = EXPERTS[slot.expert_type](slot.shape, slot.options)
+            expert.reset_parameters(config.init)
+            experts[slot.name] = expert
+        self.moa_router[adapter_name] = router
+        self.moa_experts[adapter_name] = experts
+        self.mixtures[adapter_name] = Mixture(slots, config.router_input, config.granularity)
+        self._move_adapter_to_device_of_base_layer(adapter_name)
+        for slot in slots:
+            self._hook(EXPERTS[slot.expert_type].site_kind, *slot.modules)
+        self.set_adapter(self.active_adapters)
+
+    def get_base_layer(self) -> nn.Module:
+        """The block (PEFT asks for the device and dtype of its weights)."""
+        return self.__dict__["block"]
+
+    def _get_base_layer_device_and_dtype(self, base_layer: nn.Module) -> tuple[torch.device | None, torch.dtype | None]:
+        own = set(map(id, self.parameters()))
+        base = [p for p in base_layer.parameters() if id(p) not in own]
+        floating = [p for p in base if p.is_floating_point()]
+        linears = [m for m in base_layer.modules() if hasattr(m, "compute_dtype")]
+        if linears:
+            return base[0].device, linears[0].compute_dtype  # type: ignore[return-value]
+        # The widest parameter stands for the block; norms are sometimes kept in another dtype.
+        first = max(floating or base, key=lambda p: p.numel(), default=None)
+        return (None, None) if first is None else (first.device, first.dtype)
+
+    def _freeze_non_trainable_peft_weights(self, adapter_names: Any = None) -> None:
+        # PEFT calls this after whatever may have made all adapter weights trainable.
+        for router in self.moa_router.values():
+            for parameter in router.frozen_parameters():  # type: ignore[operator]
+                parameter.requires_grad_(False)
+
+    def enable_adapters(self, enabled: bool) -> None:
+        """Switch every mixture of the block on or off; off, the block computes what the base model does, bitwise."""
+        super().enable_adapters(enabled)
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Not possible: the weights of a mixture depend on the token."""
+        raise NotImplementedError(MERGE_MESSAGE)
+
+    def unmerge(self) -> None:
+        """Nothing is ever merged."""
+
+    # Routing
+
+    def _running(self) -> list[str]:
+        if self._disable_adapters:
+            return []
+        return [name for name in self.active_adapters if name in self.moa_router]
+
+    def start(self, hidden: torch.Tensor, cache: Any) -> None:
+        """Called when the block starts: route from the residual stream where that is the router's input.
+
+        Args:
+            hidden: ``[B, T, D]`` input of the block.
+            cache: key-value cache of the call, or None.
+        """
+        self._cache = cache
+        self._prompt_ran = False
+        self._routings = {}
+        for name in self._running():
+            mixture = self.mixtures[name]
+            if mixture.router_input == "residual":
+                self._route(name, hidden)
+            elif self.norm_name is None:
+                # A family without a norm before attention: a norm without parameters keeps the scale over depth.
+                self._route(name, F.rms_norm(hidden, (hidden.shape[-1],)))
+
+    def _route(self, adapter_name: str, hidden: torch.Tensor) -> None:
+        routing = self.moa_router[adapter_name](hidden)
+        self._routings[adapter_name] = routing
+        if self.recorder is not None:
+            self.recorder(adapter_name, routing)
+
+    def finish(self) -> None:
+        """Called when the block ends, however it ends: nothing of the call is kept."""
+        self._routings = {}
+        self._site_inputs = {}
+        self._cache = None
+
+    def check_prompt_ran(self) -> None:
+        """Raise if a prompt expert should have acted and did not, instead of training without it."""
+        wanted = any(slot.expert_type == "prompt" for name in self._routings for slot in self.mixtures[name].slots)
+        if wanted and not self._prompt_ran:
+            implementation = getattr(self.__dict__["block"], "config", None)
+            raise RuntimeError(
+                "The prompt expert did not run: this model's attention implementation was registered after the adapter "
+                f"was added, or does not go through transformers' attention interface ({implementation}). Set the "
+                "attention implementation before adding the adapter, or use prompt=False."
+            )
+
+    # Hooks
+
+    def _hook(self, kind: str, reads: str, adds_to: str) -> None:
+        if (kind, reads, adds_to) in self._handles:
+            return
+        block = self.__dict__["block"]
+        source, target = submodule(block, reads), submodule(block, adds_to)
+        assert source is not None and target is not None
+        if kind == "norm":
+            handle: Any = target.register_forward_hook(self._after_norm)
+        elif kind == "attention":
+            target.__dict__[PROMPT_SITE] = PromptSite(self, self.architecture)
+            handle = None
+        else:
+            if source is not target:
+                handle = source.register_forward_pre_hook(partial(self._keep_input, (reads, adds_to)))
+                self._handles[("input", reads, adds_to)] = handle
+            handle = target.register_forward_hook(partial(self._after_site, (reads, adds_to)), with_kwargs=True)
+        self._handles[(kind, reads, adds_to)] = handle
+
+    def remove_hooks(self) -> None:
+        """Take every hook off the block's modules."""
+        for (kind, _, adds_to), handle in self._handles.items():
+            if kind == "attention":
+                attention = submodule(self.__dict__["block"], adds_to)
+                assert attention is not None
+                attention.__dict__.pop(PROMPT_SITE, None)
+            else:
+                handle.remove()
+        self._handles = {}
+
+    def _after_norm(self, module: nn.Module, args: Any, output: torch.Tensor) -> None:
+        for name in self._running():
+            if self.mixtures[name].router_input == "normed" and name not in self._routings:
+                self._route(name, output)
+
+    def _keep_input(self, site: tuple[str, str], module: nn.Module, args: tuple[Any, ...]) -> None:
+        if self._routings:
+            self._site_inputs[site[1]] = args[0]
+
+    def _after_site(
+        self, site: tuple[str, str], module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+    ) -> Any:
+        if not self._routings:
+            return None
+        x = self._site_inputs.pop(site[1], None)
+        if x is None:
+            x = args[0] if args else next(iter(kwargs.values()))
+        result = output[0] if isinstance(output, tuple) else output
+        for name, routing in self._routings.items():
+            experts = self.moa_experts[name]
+            for column, slot in self.mixtures[name].at(*site):
+                delta = experts[slot.name](x, routing.weight_of(column, like=x))
+                result = result + delta.to(result.dtype)
+        return (result, *output[1:]) if isinstance(output, tuple) else result
+
+    def prompt_slots(self) -> list[tuple[PromptExpert, torch.Tensor]]:
+        """The prompt experts that act in this forward, with their routing weights ``[B, T, 1]``."""
+        self._prompt_ran = True
+        found = []
+        for name, routing in self._routings.items():
+            for column, slot in enumerate(self.mixtures[name].slots):
+                if slot.expert_type == "prompt":
+                    expert = self.moa_experts[name][slot.name]
+                    found.append((expert, routing.weights[..., column : column + 1]))
+        return found
+
+    @property
+    def cache(self) -> Any:
+        """Key-value cache of the running call, or None."""
+        return self._cache
+
+
+MERGE_MESSAGE = (
+    "A mixture of adapters cannot be merged into the base model: its weights depend on the token. Keep the adapter "
+    "(PeftModel.from_pretrained(base, folder)), or call unload() for the base model without it."
+)

@@ -1,0 +1,353 @@
+"""From a configuration and a model to the experts of every block, before anything is changed.
+
+Every check of a configuration against a model is made here, so that a refused one leaves the model as it was.
+"""
+
+import re
+import warnings
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from moa_peft.architectures import ARCHITECTURES, ROLES, Architecture
+from moa_peft.config import MoAConfig
+from moa_peft.errors import UserError
+from moa_peft.experts import EXPERTS, ExpertOptions, SiteShape
+from moa_peft.experts.lora import LoraOptions
+
+
+@dataclass(frozen=True)
+class Slot:
+    """One expert of one block: a column of its routing.
+
+    Attributes:
+        name: name of the expert among the block's, part of its tensors' names on disk.
+        expert_type: its type in `EXPERTS`.
+        options: its options.
+        modules: names in the block of the module that it reads and the module that it adds to (often the same one).
+        shape: sizes of the site.
+    """
+
+    name: str
+    expert_type: str
+    options: ExpertOptions
+    modules: tuple[str, str]
+    shape: SiteShape
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The experts of every block that gets any.
+
+    Attributes:
+        architecture: what the blocks call their parts.
+        blocks: full name of a block to its slots, in routing order.
+    """
+
+    architecture: Architecture
+    blocks: Mapping[str, tuple[Slot, ...]]
+
+
+def make_plan(config: MoAConfig, model: nn.Module) -> Plan:
+    """Resolve every expert of `config` in every block of `model`; changes nothing.
+
+    Raises:
+        UserError: if the family is unknown, a listed expert has no site, or nothing is left to adapt.
+    """
+    architecture, blocks = find_blocks(config, model)
+    options = config.expert_options()
+    _check_layers(options, len(blocks))
+    sites = _SiteFinder(config, architecture, model)
+    found: dict[int, int] = Counter()
+    plan: dict[str, tuple[Slot, ...]] = {}
+    for index, (block_name, block) in enumerate(blocks.items()):
+        if sites.excluded(block_name):
+            continue
+        drafts = []
+        for entry, (expert_type, expert_options) in enumerate(zip(config.expert_types, options)):
+            layers = expert_options.layer_indices()
+            if layers is not None and index not in layers:
+                continue
+            slots = sites.slots(expert_type, expert_options, block_name, block)
+            found[entry] += len(slots)
+            drafts += [slot for slot in slots if not sites.excluded(f"{block_name}.{slot.modules[1]}")]
+        if drafts:
+            plan[block_name] = tuple(_numbered(_shared_roles(drafts)))
+    _check_found(config, options, found, sites, model)
+    if not plan:
+        raise UserError(
+            "No module is left to adapt: exclude_modules and layers leave none of the experts a site. "
+            f"exclude_modules={config.exclude_modules!r}."
+        )
+    return Plan(architecture, plan)
+
+
+def find_blocks(config: MoAConfig, model: nn.Module) -> tuple[Architecture, dict[str, nn.Module]]:
+    """The architecture of `model` and its blocks by full name.
+
+    Raises:
+        UserError: if the family is neither listed nor described, or the description does not fit the model.
+    """
+    described = config.described_architecture()
+    if described is not None:
+        return described, _described_blocks(described, model)
+    stacks = []
+    for name, module in model.named_modules():
+        model_type = getattr(getattr(module, "config", None), "model_type", None)
+        architecture = ARCHITECTURES.get(model_type) if isinstance(model_type, str) else None
+        if architecture is None or not isinstance(module, PreTrainedModel):
+            continue
+        blocks = getattr(module, architecture.blocks, None)
+        if isinstance(blocks, nn.ModuleList):
+            stacks.append((architecture, _named(f"{name}.{architecture.blocks}".lstrip("."), blocks)))
+    if len(stacks) == 1:
+        return stacks[0]
+    if stacks:
+        raise UserError(
+            f"The model holds {len(stacks)} decoder stacks ({', '.join(next(iter(b)) for _, b in stacks)}); a mixture "
+            "needs exactly one. Describe the one to adapt with MoAConfig(architecture={'blocks': FULL_NAME, ...})."
+        )
+    model_type = getattr(getattr(model, "config", None), "model_type", None) or type(model).__name__
+    raise UserError(
+        f"Model family {model_type!r} is not known. Known families: {', '.join(ARCHITECTURES)}. Only decoders are in "
+        "scope (no encoders, no encoder-decoder models). Another decoder can be described: MoAConfig(architecture="
+        "{'blocks': 'model.layers', 'attention': 'self_attn', 'roles': {'q': 'self_attn.q_proj', 'down': "
+        "'mlp.down_proj'}, 'mlp': 'mlp', 'norm': 'input_layernorm'}), with the names of its own modules."
+    )
+
+
+def _described_blocks(architecture: Architecture, model: nn.Module) -> dict[str, nn.Module]:
+    matches = [
+        (name, module)
+        for name, module in model.named_modules()
+        if isinstance(module, nn.ModuleList)
+        and (name == architecture.blocks or name.endswith(f".{architecture.blocks}"))
+    ]
+    if len(matches) != 1:
+        lists = [name for name, module in model.named_modules() if isinstance(module, nn.ModuleList)]
+        raise UserError(
+            f"architecture.blocks is {architecture.blocks!r}, which names {len(matches)} module lists of the model; it "
+            f"must name one of: {', '.join(lists) or 'none (the model has no module list)'}."
+        )
+    blocks = _named(*matches[0])
+    first = next(iter(blocks.values()))
+    names = [architecture.attention, *architecture.roles.values()]
+    names += [architecture.mlp] if isinstance(architecture.mlp, str) else architecture.mlp or []
+    for name in names:
+        if submodule(first, name) is None:
+            raise UserError(f"architecture: the blocks have no module {name!r}. They have: {_children(first)}.")
+    if architecture.norm and norm_name(architecture, first) is None:
+        raise UserError(f"architecture.norm is {architecture.norm!r}; the blocks have: {_children(first)}.")
+    return blocks
+
+
+def _named(name: str, blocks: nn.ModuleList) -> dict[str, nn.Module]:
+    return {f"{name}.{index}": block for index, block in enumerate(blocks)}
+
+
+def _children(block: nn.Module) -> str:
+    return ", ".join(name for name, _ in block.named_modules() if name)
+
+
+def submodule(block: nn.Module, name: str) -> nn.Module | None:
+    """The module called `name` in `block`, or None."""
+    module: nn.Module | None = block
+    for part in name.split("."):
+        module = getattr(module, part, None)
+        if not isinstance(module, nn.Module):
+            return None
+    return module
+
+
+def norm_name(architecture: Architecture, block: nn.Module) -> str | None:
+    """The norm of `block` whose output attention reads; where families have variants, the first name that exists."""
+    for name in (architecture.norm or "").split("|"):
+        if name and submodule(block, name) is not None:
+            return name
+    return None
+
+
+def linear_features(module: nn.Module | None) -> tuple[int, int] | None:
+    """Input and output width of a linear layer of any class (quantised and Conv1D included); None for other modules."""
+    if module is None:
+        return None
+    if hasattr(module, "nf") and hasattr(module, "nx"):
+        return module.nx, module.nf  # type: ignore[return-value]
+    if isinstance(getattr(module, "in_features", None), int) and isinstance(getattr(module, "out_features", None), int):
+        return module.in_features, module.out_features  # type: ignore[return-value]
+    return None
+
+
+class _SiteFinder:
+    """Finds the sites of one configuration in the blocks of one model."""
+
+    def __init__(self, config: MoAConfig, architecture: Architecture, model: nn.Module) -> None:
+        self.config = config
+        self.architecture = architecture
+        self.model = model
+
+    def excluded(self, name: str) -> bool:
+        """Whether `exclude_modules` names the module."""
+        patterns = self.config.exclude_modules
+        if not patterns:
+            return False
+        if isinstance(patterns, str):
+            return re.fullmatch(patterns, name) is not None
+        return any(name == pattern or name.endswith(f".{pattern}") for pattern in patterns)
+
+    def slots(self, expert_type: str, options: ExpertOptions, block_name: str, block: nn.Module) -> list[Slot]:
+        """The slots that one entry of the configuration takes in one block; none where the block has no such site."""
+        kind = EXPERTS[expert_type].site_kind
+        if kind == "linear":
+            assert isinstance(options, LoraOptions)
+            targets = [options.target] if isinstance(options.target, str) else options.target
+            paths = [path for target in targets for path in self._linears(target, block)]
+            found = [(self._linear_name(path), (path, path), self._linear_shape(path, block)) for path in paths]
+        elif kind == "mlp":
+            found = self._mlp(block)
+        else:
+            found = self._attention(expert_type, options, block_name, block)
+        return [
+            Slot(name, expert_type, options, modules, shape)
+            for name, modules, shape in found
+            for _ in range(options.num)
+        ]
+
+    def _linears(self, target: str, block: nn.Module) -> list[str]:
+        if target in ROLES:
+            path = self.architecture.roles.get(target)
+            return [path] if path and linear_features(submodule(block, path)) else []
+        linears = [name for name, module in block.named_modules() if name and linear_features(module)]
+        linears = [name for name in linears if "moa" not in name.split(".")]
+        named = [name for name in linears if name == target or name.endswith(f".{target}")]
+        return named or [name for name in linears if _fullmatch(target, name)]
+
+    def _linear_name(self, path: str) -> str:
+        roles = self.architecture.roles_of(path)
+        return f"lora_{'_'.join(roles)}" if roles else f"lora_{path.replace('.', '_')}"
+
+    def _linear_shape(self, path: str, block: nn.Module) -> SiteShape:
+        features = linear_features(submodule(block, path))
+        assert features is not None
+        return SiteShape(*features)
+
+    def _mlp(self, block: nn.Module) -> list[tuple[str, tuple[str, str], SiteShape]]:
+        mlp = self.architecture.mlp
+        if mlp is None:
+            return []
+        first, last = (mlp, mlp) if isinstance(mlp, str) else mlp
+        if submodule(block, first) is None or submodule(block, last) is None:
+            return []
+        width = self.hidden_size
+        return [("parallel_adapter", (first, last), SiteShape(width, width))]
+
+    def _attention(
+        self, expert_type: str, options: ExpertOptions, block_name: str, block: nn.Module
+    ) -> list[tuple[str, tuple[str, str], SiteShape]]:
+        path = self.architecture.attention
+        roles = self.architecture.roles
+        if submodule(block, path) is None or "k" not in roles or submodule(block, roles["k"]) is None:
+            return []
+        if self.architecture.no_prompt is not None:
+            if options.optional:
+                return []
+            raise UserError(
+                f"The {expert_type} expert cannot work in block {block_name} of this family: "
+                f"{self.architecture.no_prompt}. Leave it out (prompt=False in the presets)."
+            )
+        heads = self._text_config().num_attention_heads
+        return [("prompt_expert", (path, path), SiteShape(self.hidden_size, self.hidden_size, heads))]
+
+    def _text_config(self):  # noqa: ANN202
+        config = self.model.config
+        return config.get_text_config() if hasattr(config, "get_text_config") else config
+
+    @property
+    def hidden_size(self) -> int:
+        """Width of the residual stream."""
+        return self._text_config().hidden_size
+
+
+def _fullmatch(pattern: str, name: str) -> bool:
+    try:
+        return re.fullmatch(pattern, name) is not None
+    except re.error as error:
+        raise UserError(
+            f"target {pattern!r} is neither a role, nor a module name, nor a regular expression: {error}."
+        ) from None
+
+
+def _shared_roles(slots: list[Slot]) -> list[Slot]:
+    """One slot where several entries name roles of one fused linear layer; their options must then agree."""
+    kept: list[Slot] = []
+    for slot in slots:
+        twin = next((s for s in kept if s.name == slot.name and _is_fused_twin(s, slot)), None)
+        if twin is None:
+            kept.append(slot)
+        elif _without_target(twin) != _without_target(slot):
+            raise UserError(
+                f"Experts for the roles of one fused layer ({slot.modules[0]}) have different options: "
+                f"{_without_target(twin)} and {_without_target(slot)}. List one of them, or give both the same options."
+            )
+    return kept
+
+
+def _is_fused_twin(first: Slot, second: Slot) -> bool:
+    a, b = first.options, second.options
+    if not (isinstance(a, LoraOptions) and isinstance(b, LoraOptions)):
+        return False
+    return a is not b and a.target != b.target and a.target in ROLES and b.target in ROLES
+
+
+def _without_target(slot: Slot) -> dict[str, object]:
+    return {key: value for key, value in vars(slot.options).items() if key != "target"}
+
+
+def _numbered(slots: list[Slot]) -> list[Slot]:
+    """Names made unique: where a name occurs more than once, ``name_0``, ``name_1``, ..."""
+    counts = Counter(slot.name for slot in slots)
+    seen: dict[str, int] = Counter()
+    numbered = []
+    for slot in slots:
+        name = slot.name
+        if counts[slot.name] > 1:
+            name = f"{slot.name}_{seen[slot.name]}"
+            seen[slot.name] += 1
+        numbered.append(Slot(name, slot.expert_type, slot.options, slot.modules, slot.shape))
+    return numbered
+
+
+def _check_layers(options: list[ExpertOptions], num_blocks: int) -> None:
+    for index, entry in enumerate(options):
+        beyond = [i for i in entry.layer_indices() or () if i >= num_blocks]
+        if beyond:
+            raise UserError(
+                f"experts[{index}]: layers={entry.layers!r} names block {max(beyond)}; the model has blocks 0 to "
+                f"{num_blocks - 1}."
+            )
+
+
+def _check_found(
+    config: MoAConfig, options: list[ExpertOptions], found: dict[int, int], sites: _SiteFinder, model: nn.Module
+) -> None:
+    missing = []
+    for index, (expert_type, entry) in enumerate(zip(config.expert_types, options)):
+        if found[index]:
+            continue
+        what = f"{expert_type} on {entry.target!r}" if isinstance(entry, LoraOptions) else expert_type
+        if not entry.optional:
+            roles = ", ".join(sites.architecture.roles) or "none"
+            raise UserError(
+                f"experts[{index}] ({what}) has no site in this model ({type(model).__name__}). It has the roles {roles}"
+                f"{'' if sites.architecture.mlp else ', no MLP module for a parallel adapter'}"
+                f"{', and no prompt expert: ' + sites.architecture.no_prompt if sites.architecture.no_prompt else ''}. "
+                "Name one of these, a linear layer of the block, or leave the expert out."
+            )
+        missing.append(what)
+    if missing:
+        warnings.warn(
+            f"{type(model).__name__} has no site for: {', '.join(missing)}. The mixture goes without.", stacklevel=2
+        )

@@ -1,0 +1,125 @@
+"""Where the prompt expert joins attention: a wrapper around transformers' attention functions.
+
+Each function keeps its own name in the registry, so masks, kernels and string checks behave as before; the wrapper returns at
+once for attention modules without a prompt expert.
+"""
+
+import functools
+import sys
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from transformers import AttentionInterface
+
+from moa_peft.architectures import Architecture
+
+if TYPE_CHECKING:
+    from moa_peft.experts import PromptExpert
+    from moa_peft.layer import MoALayer
+
+PROMPT_SITE = "moa_prompt_site"
+"""Key in the ``__dict__`` of an attention module; a plain entry is no child module, so state dicts do not see it."""
+
+_WRAPPED = "__moa_wrapped__"
+_EAGER = "eager_attention_forward"
+
+
+class PromptSite:
+    """The layer whose prompt experts act in an attention module.
+
+    Args:
+        layer: tuner layer of the block.
+        architecture: how the family's keys and values are made.
+    """
+
+    def __init__(self, layer: "MoALayer", architecture: Architecture) -> None:
+        self.layer = layer
+        self.architecture = architecture
+
+    def output(self, attention: nn.Module, query_BHTK: torch.Tensor, scaling: float | None) -> torch.Tensor | None:
+        """What the prompt experts add, ``[B, T, H, K]``, or None where none acts."""
+        total = None
+        for expert, weight_BT1 in self.layer.prompt_slots():
+            key_HPK, value_HPK = self._keys_and_values(expert, attention, query_BHTK)
+            scale = query_BHTK.shape[-1] ** -0.5 if scaling is None else scaling
+            part = expert(query_BHTK, key_HPK, value_HPK, weight_BT1, scaling=scale)
+            total = part if total is None else total + part
+        return total
+
+    def _keys_and_values(
+        self, expert: "PromptExpert", attention: nn.Module, query_BHTK: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Prompt keys and values, computed once per generation: they live on the key-value cache of the call."""
+        cache = self.layer.cache
+        decoding = cache is not None and query_BHTK.shape[2] == 1 and not torch.is_grad_enabled()
+        if cache is None or torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return self._project(expert, attention, query_BHTK)
+        store = cache.__dict__.setdefault("moa_prompt_states", {})
+        # The version guards against a cache object that outlives a change of the weights.
+        key = (id(expert), expert.embedding._version, query_BHTK.dtype)
+        if not decoding or key not in store:
+            store[key] = self._project(expert, attention, query_BHTK)
+        return store[key]
+
+    def _project(
+        self, expert: "PromptExpert", attention: nn.Module, query_BHTK: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """``K_p`` and ``V_p``, each ``[kv heads, P, K]``, from the frozen base projections."""
+        block = self.layer.get_base_layer()
+        roles = self.architecture.roles
+        width, heads = query_BHTK.shape[-1], query_BHTK.shape[1]
+        prompt_PD = expert.embedding.to(query_BHTK.dtype)
+        # ``forward`` instead of a call: the hooks of our own LoRA experts must not act on the prompt.
+        if self.architecture.key_value_layout == "separate":
+            key = block.get_submodule(roles["k"]).forward(prompt_PD)
+            value = block.get_submodule(roles["v"]).forward(prompt_PD)
+        else:
+            fused = block.get_submodule(roles["k"]).forward(prompt_PD)
+            if self.architecture.key_value_layout == "concatenated":
+                key, value = fused[:, heads * width :].chunk(2, dim=-1)
+            else:
+                _, key, value = fused.view(fused.shape[0], heads, 3 * width).chunk(3, dim=-1)
+        key = key.reshape(key.shape[0], -1, width)
+        value = value.reshape(value.shape[0], -1, width)
+        norm = getattr(attention, self.architecture.key_norm or "", None)
+        if norm is not None:
+            key = norm(key)
+        return key.transpose(0, 1), value.transpose(0, 1)
+
+
+def _with_prompt(function: Callable[..., Any]) -> Callable[..., Any]:
+    """`function` plus the prompt experts of the attention module it is called for."""
+
+    @functools.wraps(function)
+    def attention_with_prompt(module: nn.Module, query: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        result = function(module, query, *args, **kwargs)
+        site = module.__dict__.get(PROMPT_SITE)
+        if site is None:
+            return result
+        addition = site.output(module, query, kwargs.get("scaling"))
+        if addition is None:
+            return result
+        return (result[0] + addition.reshape(result[0].shape).to(result[0].dtype), *result[1:])
+
+    setattr(attention_with_prompt, _WRAPPED, True)
+    return attention_with_prompt
+
+
+def install_prompt_attention(attention: nn.Module) -> None:
+    """Make every registered attention function, and the family's eager one, serve prompt experts.
+
+    Idempotent. The eager function is not in the registry: each modeling module passes its own as the default, looked up
+    by name when attention runs, so it is wrapped there.
+
+    Args:
+        attention: an attention module of the model.
+    """
+    for name, function in list(AttentionInterface._global_mapping.items()):
+        if not hasattr(function, _WRAPPED):
+            AttentionInterface.register(name, _with_prompt(function))
+    for cls in type(attention).__mro__:
+        namespace = vars(sys.modules.get(cls.__module__, object))
+        if _EAGER in namespace and not hasattr(namespace[_EAGER], _WRAPPED):
+            setattr(sys.modules[cls.__module__], _EAGER, _with_prompt(namespace[_EAGER]))

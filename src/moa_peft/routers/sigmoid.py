@@ -1,0 +1,123 @@
+"""The routers of MoA (arXiv 2506.05928): independent sigmoid weights, all experts or those above a threshold.
+
+Soft:    ``w = sigmoid(head(z))``, every expert takes part.
+Sparse:  ``tau = max_threshold * sigmoid(v . z + c)`` (or the constant ``max_threshold``) and
+         ``w~_i = w_i * 1[w_i >= tau]``; weights that survive are neither shifted nor renormalised, and a token may keep
+         no expert at all.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import nn
+
+from moa_peft.fields import check_choice, check_range
+from moa_peft.errors import UserError
+from moa_peft.initialization import Init, MasterLinear, reset_linear
+from moa_peft.routers.base import ROUTERS, Router, RouterOptions
+from moa_peft.routers.heads import LinearHead, SwiGLUHead
+from moa_peft.routing import Routing
+
+Threshold = Literal["none", "constant", "learned"]
+ThresholdGradient = Literal["none", "straight_through", "shifted"]
+
+
+@dataclass(kw_only=True)
+class SigmoidRouterOptions(RouterOptions):
+    """Options of the sigmoid router.
+
+    Attributes:
+        hidden_per_expert: inner width of the SwiGLU head per expert; 0 is a linear head.
+        threshold: ``none`` is Soft MoA; ``learned`` and ``constant`` are Sparse MoA.
+        max_threshold: the constant threshold, or the upper bound of the learned one; in (0, 1].
+        threshold_gradient: how gradients pass the selection, see `select`.
+        threshold_temperature: width T of the straight-through estimate.
+    """
+
+    hidden_per_expert: int = 4
+    threshold: Threshold = "none"
+    max_threshold: float = 0.5
+    threshold_gradient: ThresholdGradient = "straight_through"
+    threshold_temperature: float = 0.1
+
+    def __post_init__(self) -> None:
+        if isinstance(self.hidden_per_expert, bool) or not isinstance(self.hidden_per_expert, int):
+            raise UserError(f"router.hidden_per_expert is {self.hidden_per_expert!r}; it must be an integer >= 0.")
+        if self.hidden_per_expert < 0:
+            raise UserError(
+                f"router.hidden_per_expert is {self.hidden_per_expert}; it must be 0 (linear router) or more."
+            )
+        check_choice("router.threshold", self.threshold, ("none", "constant", "learned"))
+        check_choice("router.threshold_gradient", self.threshold_gradient, ("none", "straight_through", "shifted"))
+        check_range("router.max_threshold", self.max_threshold, 0.0, 1.0)
+        check_range("router.threshold_temperature", self.threshold_temperature, 0.0, float("inf"))
+
+
+def select(
+    scores: torch.Tensor, threshold: torch.Tensor, *, gradient: ThresholdGradient, temperature: float
+) -> torch.Tensor:
+    """Keep the scores that reach the threshold, and zero the others.
+
+    Args:
+        scores: ``[..., E]`` float32.
+        threshold: ``[..., 1]`` float32, broadcast over the experts.
+        gradient: ``none``: ``w * 1[w >= tau]``, no gradient to tau (the released code). ``straight_through``: the same
+            value, with the gradient of ``w * sigmoid((w - tau) / T)`` taken through the indicator, to w and to tau.
+            ``shifted``: ``relu(w - tau)``, differentiable as it is.
+        temperature: T of ``straight_through``.
+
+    Returns:
+        ``[..., E]`` weights.
+    """
+    if gradient == "shifted":
+        return torch.relu(scores - threshold)
+    keep = (scores >= threshold).to(scores.dtype)
+    if gradient == "straight_through":
+        soft = torch.sigmoid((scores - threshold) / temperature)
+        # The bracket is exactly zero in the forward pass, so the kept weights are not rounded.
+        keep = keep + (soft - soft.detach())
+    return scores * keep
+
+
+@ROUTERS.register("sigmoid")
+class SigmoidRouter(Router):
+    """Soft and Sparse MoA, see the module's docstring."""
+
+    Options = SigmoidRouterOptions
+    neutral_weight = 0.5
+    options: SigmoidRouterOptions
+
+    def __init__(self, hidden_size: int, num_experts: int, options: SigmoidRouterOptions) -> None:
+        super().__init__(hidden_size, num_experts, options)
+        if options.hidden_per_expert == 0:
+            self.head = LinearHead(hidden_size, num_experts)
+        else:
+            self.head = SwiGLUHead(hidden_size, num_experts, options.hidden_per_expert)
+        self.threshold = MasterLinear(hidden_size, 1) if options.threshold == "learned" else None
+
+    def forward(self, hidden: torch.Tensor) -> Routing:
+        scores = torch.sigmoid(self.head(hidden).float())
+        if self.options.threshold == "none":
+            return Routing(weights=scores, scores=scores)
+        if self.threshold is None:
+            threshold = torch.full_like(scores[..., :1], self.options.max_threshold)
+        else:
+            threshold = self.options.max_threshold * torch.sigmoid(self.threshold(hidden).float())
+        weights = select(
+            scores,
+            threshold,
+            gradient=self.options.threshold_gradient,
+            temperature=self.options.threshold_temperature,
+        )
+        return Routing(weights=weights, scores=scores, threshold=threshold)
+
+    def reset_parameters(self, init: Init) -> None:
+        self.head.reset_parameters(init)
+        if self.threshold is not None:
+            reset_linear(self.threshold, init)
+
+    def frozen_parameters(self) -> list[nn.Parameter]:
+        if self.threshold is None or self.options.threshold_gradient != "none":
+            return []
+        return list(self.threshold.parameters())

@@ -1,0 +1,147 @@
+"""`MoAModel`: PEFT's tuner for mixtures of adapters."""
+
+from typing import Any
+
+import torch
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from torch import nn
+
+from moa_peft import block as blocks
+from moa_peft.config import MoAConfig
+from moa_peft.errors import UserError
+from moa_peft.layer import MERGE_MESSAGE, MoALayer
+from moa_peft.plan import Plan, make_plan
+from moa_peft.prompt_attention import install_prompt_attention
+
+
+class MoAModel(BaseTuner):
+    """Adds a mixture of adapters to the blocks of a decoder; made by `peft.get_peft_model` with a `MoAConfig`."""
+
+    prefix = "moa_"
+    tuner_layer_cls = MoALayer
+    target_module_mapping: dict[str, list[str]] = {}
+    _plan: Plan
+
+    def inject_adapter(
+        self,
+        model: nn.Module,
+        adapter_name: str,
+        autocast_adapter_dtype: bool = True,
+        low_cpu_mem_usage: bool = False,
+        state_dict: dict[str, torch.Tensor] | None = None,
+    ) -> None:
+        """Check everything, then add the adapter to every block of the plan.
+
+        Raises:
+            UserError: if the configuration does not fit the model; the model is unchanged then.
+        """
+        config = self.peft_config[adapter_name]
+        assert isinstance(config, MoAConfig)
+        _check_other_tuners(model)
+        _check_tensor_parallel(model)
+        # PEFT matches modules one at a time; the plan has decided for all of them, and a state dict adds nothing to it.
+        self.__dict__["_plan"] = make_plan(config, model)
+        _check_adapter_name(adapter_name, self._plan)
+        start = _starting_weights(config, model, self._plan) if config.init_from else None
+        super().inject_adapter(
+            model,
+            adapter_name,
+            autocast_adapter_dtype=autocast_adapter_dtype,
+            low_cpu_mem_usage=low_cpu_mem_usage,
+        )
+        if start is not None and not low_cpu_mem_usage:
+            start.apply(model, adapter_name)
+        if getattr(model, "model_tags", None) is None:
+            model.model_tags = []  # type: ignore[assignment]
+        if "moa-peft" not in model.model_tags:  # type: ignore[operator]
+            model.model_tags.append("moa-peft")  # type: ignore[union-attr, operator]
+
+    def _prepare_adapter_config(self, peft_config: Any, model_config: dict[str, Any]) -> Any:
+        return peft_config
+
+    def _check_target_module_exists(self, peft_config: Any, key: str) -> bool:  # type: ignore[override]
+        return key in self._plan.blocks
+
+    def _create_and_replace(
+        self,
+        peft_config: Any,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        parameter_name: str | None = None,
+    ) -> None:
+        slots = self._plan.blocks[current_key]
+        layer = getattr(target, blocks.CHILD, None)
+        if layer is None:
+            layer = MoALayer(target, self._plan.architecture)
+            blocks.install(target, layer)
+        if any(slot.expert_type == "prompt" for slot in slots):
+            install_prompt_attention(target.get_submodule(self._plan.architecture.attention))
+        config = self.model.config  # type: ignore[union-attr]
+        hidden_size = config.get_text_config().hidden_size  # type: ignore[union-attr, operator]
+        layer.add_mixture(adapter_name, peft_config, slots, hidden_size)
+
+    def _check_merge_allowed(self) -> None:
+        raise NotImplementedError(MERGE_MESSAGE)
+
+    def _unload_and_optionally_merge(
+        self,
+        merge: bool = True,
+        progressbar: bool = False,
+        safe_merge: bool = False,
+        adapter_names: list[str] | None = None,
+    ) -> Any:
+        model = super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
+        for module in list(self.model.modules()):
+            if isinstance(getattr(module, blocks.CHILD, None), MoALayer):
+                blocks.uninstall(module)
+        return model
+
+    @classmethod
+    def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
+        # Experts are nested, so the name stands further in front than PEFT's default looks: behind the container.
+        for container in MoALayer.adapter_layer_names:
+            key = key.replace(f".{container}.{adapter_name}.", f".{container}.", 1)
+        return key
+
+
+def _check_other_tuners(model: nn.Module) -> None:
+    for name, module in model.named_modules():
+        if isinstance(module, BaseTunerLayer) and not isinstance(module, MoALayer):
+            if f".{blocks.CHILD}." in name:
+                continue
+            raise UserError(
+                f"The model already carries another PEFT method ({type(module).__name__} at {name}). A mixture of "
+                "adapters can be combined with modules_to_save and trainable tokens only. Call unload() first; to start "
+                "from a LoRA adapter, save it and use MoAConfig(init_from=FOLDER)."
+            )
+
+
+def _check_tensor_parallel(model: nn.Module) -> None:
+    if getattr(model, "_tp_size", None) or getattr(model, "_tp_plan_applied", False):
+        raise UserError(
+            "The model was loaded with tensor parallelism (tp_plan), which a mixture of adapters does not support. Load "
+            "it without tp_plan; data parallelism and FSDP work."
+        )
+
+
+def _check_adapter_name(adapter_name: str, plan: Plan) -> None:
+    """Refuse names that occur in tensor names: PEFT would drop tensors of other adapters when it saves."""
+    taken = {slot.name for slots in plan.blocks.values() for slot in slots}
+    taken |= {part for name in plan.blocks for part in name.split(".")}
+    taken |= {blocks.CHILD, *MoALayer.adapter_layer_names}
+    taken |= {"weight", "bias", "lora_A", "lora_B", "down", "up", "embedding", "gate", "head", "threshold", "linear"}
+    taken |= {"w1", "w2", "w3", "base_model", "model"}
+    if adapter_name in taken:
+        raise UserError(
+            f"adapter_name is {adapter_name!r}, which is also part of the names of this model's tensors; PEFT would "
+            "then drop tensors of other adapters when saving. Choose another name."
+        )
+
+
+def _starting_weights(config: MoAConfig, model: nn.Module, plan: Plan) -> Any:
+    from moa_peft.starting_weights import StartingWeights
+
+    return StartingWeights.read(config, model, plan)
