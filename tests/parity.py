@@ -2,9 +2,9 @@
 
     python -m tests.parity FILE...
 
-Each FILE is a safetensors file whose metadata describe the model, the mixture and the tensors in it. The model is built from
-the metadata, its weights are taken from the file, and the largest error per quantity is printed beside its tolerance.
-Exit code 1 if any is exceeded.
+Each FILE is a safetensors file whose metadata describe the model, the mixture and the tensors in it. The model is
+built from the metadata, its weights are taken from the file, and the largest error per quantity is printed beside its
+tolerance. Exit code 1 if any is exceeded.
 """
 
 import json

@@ -21,8 +21,8 @@ class Architecture:
     Attributes:
         blocks: the list of blocks: its name in the decoder stack, or its full name from the model's root.
         attention: attention module.
-        roles: role (``q k v o gate up down``) to linear layer; roles that share one linear (fused projections) name the
-            same one. Roles that a family lacks are left out.
+        roles: role (``q k v o gate up down``) to linear layer; roles that share one linear (fused projections) name
+            the same one. Roles that a family lacks are left out.
         mlp: module beside which the parallel adapter sits; or the two modules ``[first, last]`` whose input and output
             it uses, where a block has no MLP module.
         norm: norm whose output attention reads; None where attention reads the residual stream itself (post-norm).

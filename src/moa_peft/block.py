@@ -1,8 +1,8 @@
 """The block that routes: a subclass of the model's own block class, under the same name.
 
-The tuner layer is a child called ``moa``; the block's class is swapped for a subclass whose ``forward`` starts and ends the
-routing and calls the original in between. transformers checkpoints ``forward``, so the recomputation routes again with the
-tensors of its own call, which a hook around the block would not.
+The tuner layer is a child called ``moa``; the block's class is swapped for a subclass whose ``forward`` starts and
+ends the routing and calls the original in between. transformers checkpoints ``forward``, so the recomputation routes
+again with the tensors of its own call, which a hook around the block would not.
 """
 
 import functools

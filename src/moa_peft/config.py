@@ -29,8 +29,8 @@ Granularity = Literal["token", "sequence"]
 class MoAConfig(PeftConfig):
     """Configuration of a mixture of adapters (MoA, arXiv 2506.05928).
 
-    `MoAConfig.soft` and `MoAConfig.sparse` are the paper's configurations, `MoAConfig.preset` any named method. Written
-    out, a configuration is a list of experts and a router::
+    `MoAConfig.soft` and `MoAConfig.sparse` are the paper's configurations, `MoAConfig.preset` any named method.
+    Written out, a configuration is a list of experts and a router::
 
         MoAConfig(
             experts=[{"type": "lora", "target": "q", "rank": 8}, {"type": "parallel", "size": 16}],
@@ -105,8 +105,9 @@ class MoAConfig(PeftConfig):
             given = [{"type": e.get("type"), "target": e.get("target")} for e in derived]
             if self.experts is not None and given != wanted:
                 raise UserError(
-                    f"target_modules={self.target_modules!r} and experts are both given. target_modules is a shorthand "
-                    "for LoRA experts and nothing else: use experts=[{'type': 'lora', 'target': ...}, ...] alone."
+                    f"target_modules={self.target_modules!r} and experts are both given. target_modules is a "
+                    "shorthand for LoRA experts and nothing else: use experts=[{'type': 'lora', 'target': ...}, ...] "
+                    "alone."
                 )
             if self.experts is None:
                 self.experts = wanted
@@ -167,6 +168,10 @@ class MoAConfig(PeftConfig):
             _check_format(kwargs["moa_format"], kwargs.get("moa_version", "unknown"))
         return kwargs
 
+    def to_dict(self) -> dict[str, Any]:
+        """The configuration as a plain dictionary; `init_from` tells how training started and is left out."""
+        return super().to_dict() | {"init_from": None}
+
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
         """Write ``adapter_config.json``, and the part of the model card that only this package can write."""
         super().save_pretrained(save_directory, **kwargs)
@@ -205,8 +210,8 @@ def _check_format(moa_format: Any, written_by: str) -> None:
         raise UserError(f"moa_format is {moa_format!r}; it must be a positive integer.")
     if moa_format > MOA_FORMAT:
         raise UserError(
-            f"This adapter was written by moa-peft {written_by} in format {moa_format}; this is moa-peft {__version__}, "
-            f"which reads formats up to {MOA_FORMAT}. Upgrade with: pip install -U moa-peft"
+            f"This adapter was written by moa-peft {written_by} in format {moa_format}; this is moa-peft "
+            f"{__version__}, which reads formats up to {MOA_FORMAT}. Upgrade with: pip install -U moa-peft"
         )
     if moa_format < MOA_FORMAT:
         warnings.warn(f"Reading an adapter of the older format {moa_format}.", stacklevel=3)

@@ -94,6 +94,7 @@ def generate_texts(
     top_p: float | None = None,
     num_beams: int = 1,
     seed: int = 0,
+    end_ids: Sequence[int] = (),
     console: Console | None = None,
     streamer: BaseStreamer | None = None,
 ) -> list[str]:
@@ -109,6 +110,8 @@ def generate_texts(
         top_p: sample from the smallest set of tokens with this probability; needs `temperature`.
         num_beams: beams of beam search.
         seed: of the sampling; results then depend on the batch size too.
+        end_ids: tokens that end an answer besides the tokenizer's and the base model's end tokens, such as a chat
+            template's (`moa_peft.data.end_token_ids`).
         console: where a progress bar is shown when there is more than one batch; None for none.
         streamer: receives tokens as they come; for a single prompt.
 
@@ -118,12 +121,15 @@ def generate_texts(
     Raises:
         UserError: a value out of its range, or an empty prompt.
     """
-    _check_settings(prompts, max_new_tokens=max_new_tokens, batch_size=batch_size, temperature=temperature, top_p=top_p)
+    _check_settings(
+        prompts, max_new_tokens=max_new_tokens, batch_size=batch_size, temperature=temperature, top_p=top_p
+    )
     config = _generation_config(
         model,
         tokenizer,
         max_new_tokens=max_new_tokens,
         num_beams=num_beams,
+        end_ids=end_ids,
         do_sample=temperature is not None,
         **({"temperature": temperature, "top_p": top_p or 1.0, "top_k": 0} if temperature is not None else {}),
     )
@@ -174,12 +180,15 @@ def _generate_batch(
     return tokenizer.batch_decode(output[:, length:], skip_special_tokens=True)
 
 
-def _generation_config(model: Any, tokenizer: PreTrainedTokenizerBase, **settings: Any) -> GenerationConfig:
+def _generation_config(
+    model: Any, tokenizer: PreTrainedTokenizerBase, *, end_ids: Sequence[int], **settings: Any
+) -> GenerationConfig:
     stored = getattr(model, "generation_config", None)
-    ends = getattr(stored, "eos_token_id", None)
-    end_ids = {tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])} - {None}
+    ends: Any = getattr(stored, "eos_token_id", None)
+    own: Any = tokenizer.eos_token_id
+    stops = {own, *end_ids, *(ends if isinstance(ends, list) else [ends])} - {None}
     return GenerationConfig(
-        eos_token_id=sorted(end_ids), pad_token_id=pad_token_id(tokenizer), use_cache=True, **settings
+        eos_token_id=sorted(stops), pad_token_id=pad_token_id(tokenizer), use_cache=True, **settings
     )
 
 

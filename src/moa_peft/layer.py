@@ -1,8 +1,8 @@
 """The tuner layer: one per block, a child of the block called ``moa``.
 
-It holds the router and the experts of every adapter, routes when the block runs, and adds each expert's output at its site
-through hooks on the block's own modules, which stay untouched. Routings live from the start to the end of one block
-forward; nothing survives it.
+It holds the router and the experts of every adapter, routes when the block runs, and adds each expert's output at its
+site through hooks on the block's own modules, which stay untouched. Routings live from the start to the end of one
+block forward; nothing survives it.
 """
 
 from collections.abc import Callable
@@ -51,15 +51,15 @@ class MoALayer(nn.Module, BaseTunerLayer):
 
     def __init__(self, block: nn.Module, architecture: Architecture) -> None:
         super().__init__()
-        self.moa_router = nn.ModuleDict()
-        self.moa_experts = nn.ModuleDict()
+        self.moa_router = nn.ModuleDict()  # adapter name -> router
+        self.moa_experts = nn.ModuleDict()  # adapter name -> expert name -> expert
         self.mixtures: dict[str, Mixture] = {}
         self.architecture = architecture
         self.norm_name = norm_name(architecture, block)
         # Outside the registry of children: the block owns this layer, not the other way round.
-        self.__dict__["block"] = block
+        vars(self)["block"] = block
         self._routings: dict[str, Routing] = {}
-        self._site_inputs: dict[str, torch.Tensor] = {}
+        self._site_inputs: dict[tuple[str, str], torch.Tensor] = {}
         self._cache: Any = None
         self._prompt_ran = False
         self.recorder: Callable[[str, Routing], None] | None = None
@@ -90,9 +90,11 @@ class MoALayer(nn.Module, BaseTunerLayer):
 
     def get_base_layer(self) -> nn.Module:
         """The block (PEFT asks for the device and dtype of its weights)."""
-        return self.__dict__["block"]
+        return vars(self)["block"]
 
-    def _get_base_layer_device_and_dtype(self, base_layer: nn.Module) -> tuple[torch.device | None, torch.dtype | None]:
+    def _get_base_layer_device_and_dtype(
+        self, base_layer: nn.Module
+    ) -> tuple[torch.device | None, torch.dtype | None]:
         own = set(map(id, self.parameters()))
         base = [p for p in base_layer.parameters() if id(p) not in own]
         floating = [p for p in base if p.is_floating_point()]
@@ -161,11 +163,11 @@ class MoALayer(nn.Module, BaseTunerLayer):
         """Raise if a prompt expert should have acted and did not, instead of training without it."""
         wanted = any(slot.expert_type == "prompt" for name in self._routings for slot in self.mixtures[name].slots)
         if wanted and not self._prompt_ran:
-            implementation = getattr(self.__dict__["block"], "config", None)
+            implementation = getattr(vars(self)["block"], "config", None)
             raise RuntimeError(
-                "The prompt expert did not run: this model's attention implementation was registered after the adapter "
-                f"was added, or does not go through transformers' attention interface ({implementation}). Set the "
-                "attention implementation before adding the adapter, or use prompt=False."
+                "The prompt expert did not run: this model's attention implementation was registered after the "
+                f"adapter was added, or does not go through transformers' attention interface ({implementation}). "
+                "Set the attention implementation before adding the adapter, or use prompt=False."
             )
 
     # Hooks
@@ -173,7 +175,7 @@ class MoALayer(nn.Module, BaseTunerLayer):
     def _hook(self, kind: str, reads: str, adds_to: str) -> None:
         if (kind, reads, adds_to) in self._handles:
             return
-        block = self.__dict__["block"]
+        block = vars(self)["block"]
         source, target = submodule(block, reads), submodule(block, adds_to)
         assert source is not None and target is not None
         if kind == "norm":
@@ -192,7 +194,7 @@ class MoALayer(nn.Module, BaseTunerLayer):
         """Take every hook off the block's modules."""
         for (kind, _, adds_to), handle in self._handles.items():
             if kind == "attention":
-                attention = submodule(self.__dict__["block"], adds_to)
+                attention = submodule(vars(self)["block"], adds_to)
                 assert attention is not None
                 attention.__dict__.pop(PROMPT_SITE, None)
             else:
@@ -206,21 +208,21 @@ class MoALayer(nn.Module, BaseTunerLayer):
 
     def _keep_input(self, site: tuple[str, str], module: nn.Module, args: tuple[Any, ...]) -> None:
         if self._routings:
-            self._site_inputs[site[1]] = args[0]
+            self._site_inputs[site] = args[0]
 
     def _after_site(
         self, site: tuple[str, str], module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
     ) -> Any:
         if not self._routings:
             return None
-        x = self._site_inputs.pop(site[1], None)
+        x = self._site_inputs.pop(site, None)
         if x is None:
             x = args[0] if args else next(iter(kwargs.values()))
         result = output[0] if isinstance(output, tuple) else output
         for name, routing in self._routings.items():
             experts = self.moa_experts[name]
             for column, slot in self.mixtures[name].at(*site):
-                delta = experts[slot.name](x, routing.weight_of(column, like=x))
+                delta = experts.get_submodule(slot.name)(x, routing.weight_of(column, like=x))
                 result = result + delta.to(result.dtype)
         return (result, *output[1:]) if isinstance(output, tuple) else result
 
@@ -231,7 +233,7 @@ class MoALayer(nn.Module, BaseTunerLayer):
         for name, routing in self._routings.items():
             for column, slot in enumerate(self.mixtures[name].slots):
                 if slot.expert_type == "prompt":
-                    expert = self.moa_experts[name][slot.name]
+                    expert = self.moa_experts[name].get_submodule(slot.name)
                     found.append((expert, routing.weights[..., column : column + 1]))
         return found
 

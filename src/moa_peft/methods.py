@@ -6,7 +6,7 @@ from dataclasses import dataclass, fields
 from difflib import get_close_matches
 from typing import Any
 
-from peft import PeftConfig
+from peft import LoraConfig, PeftConfig
 
 from moa_peft.config import MoAConfig
 from moa_peft.errors import UserError
@@ -79,8 +79,8 @@ def method_config(name: str, **knobs: Any) -> Any:
 
 def _fields_of(method: Method) -> set[str]:
     config_class = inspect.signature(method.build).return_annotation
-    derived = {"peft_type", "experts", "router"} if config_class is MoAConfig else {"peft_type"}
-    return {f.name for f in fields(config_class)} - derived
+    set_by_knobs = {"experts", "router", "target_modules", "r", "lora_alpha", "lora_dropout", "use_rslora"}
+    return {f.name for f in fields(config_class)} - set_by_knobs - {"peft_type"}
 
 
 def moa_experts(
@@ -95,7 +95,8 @@ def moa_experts(
     prompt_length: int = 10,
     layers: list[int] | str | None = None,
 ) -> list[dict[str, Any]]:
-    """The experts of MoA in their canonical order (METHODS 1.1): LoRA q, k, v; prompt; LoRA o, (up, gate,) down; parallel.
+    """The experts of MoA in their canonical order (METHODS 1.1): LoRA q, k, v; prompt; LoRA o, (up, gate,) down;
+    parallel.
 
     Args:
         rank: LoRA rank.
@@ -203,5 +204,29 @@ def sparse_moa(
             "threshold_gradient": threshold_gradient,
             "threshold_temperature": threshold_temperature,
         },
+        **config,
+    )
+
+
+@_method("out = base + alpha / r * B A x", "arXiv 2106.09685", "-")
+def lora(
+    *,
+    rank: int = 16,
+    alpha: float | None = None,
+    dropout: float = 0.0,
+    rslora: bool = False,
+    targets: tuple[str, ...] | list[str] = ("q_proj", "k_proj", "v_proj", "o_proj", "down_proj"),
+    **config: Any,
+) -> LoraConfig:
+    """Plain LoRA, the baseline: this returns PEFT's own `LoraConfig`, nothing of this package acts.
+
+    `targets` are module names, since PEFT knows no roles.
+    """
+    return LoraConfig(
+        r=rank,
+        lora_alpha=rank if alpha is None else alpha,  # type: ignore[arg-type]
+        lora_dropout=dropout,
+        use_rslora=rslora,
+        target_modules=list(targets),
         **config,
     )

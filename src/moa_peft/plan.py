@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from moa_peft.architectures import ARCHITECTURES, ROLES, Architecture
 from moa_peft.config import MoAConfig
@@ -129,8 +129,8 @@ def _described_blocks(architecture: Architecture, model: nn.Module) -> dict[str,
     if len(matches) != 1:
         lists = [name for name, module in model.named_modules() if isinstance(module, nn.ModuleList)]
         raise UserError(
-            f"architecture.blocks is {architecture.blocks!r}, which names {len(matches)} module lists of the model; it "
-            f"must name one of: {', '.join(lists) or 'none (the model has no module list)'}."
+            f"architecture.blocks is {architecture.blocks!r}, which names {len(matches)} module lists of the model; "
+            f"it must name one of: {', '.join(lists) or 'none (the model has no module list)'}."
         )
     blocks = _named(*matches[0])
     first = next(iter(blocks.values()))
@@ -171,12 +171,15 @@ def norm_name(architecture: Architecture, block: nn.Module) -> str | None:
 
 
 def linear_features(module: nn.Module | None) -> tuple[int, int] | None:
-    """Input and output width of a linear layer of any class (quantised and Conv1D included); None for other modules."""
+    """Input and output width of a linear layer of any class (quantised and Conv1D included); None for other "
+    "modules."""
     if module is None:
         return None
     if hasattr(module, "nf") and hasattr(module, "nx"):
         return module.nx, module.nf  # type: ignore[return-value]
-    if isinstance(getattr(module, "in_features", None), int) and isinstance(getattr(module, "out_features", None), int):
+    if isinstance(getattr(module, "in_features", None), int) and isinstance(
+        getattr(module, "out_features", None), int
+    ):
         return module.in_features, module.out_features  # type: ignore[return-value]
     return None
 
@@ -261,9 +264,10 @@ class _SiteFinder:
         heads = self._text_config().num_attention_heads
         return [("prompt_expert", (path, path), SiteShape(self.hidden_size, self.hidden_size, heads))]
 
-    def _text_config(self):  # noqa: ANN202
+    def _text_config(self) -> PreTrainedConfig:
         config = self.model.config
-        return config.get_text_config() if hasattr(config, "get_text_config") else config
+        assert isinstance(config, PreTrainedConfig)
+        return config.get_text_config()
 
     @property
     def hidden_size(self) -> int:
@@ -290,7 +294,8 @@ def _shared_roles(slots: list[Slot]) -> list[Slot]:
         elif _without_target(twin) != _without_target(slot):
             raise UserError(
                 f"Experts for the roles of one fused layer ({slot.modules[0]}) have different options: "
-                f"{_without_target(twin)} and {_without_target(slot)}. List one of them, or give both the same options."
+                f"{_without_target(twin)} and {_without_target(slot)}. List one of them, or give both the same "
+                "options."
             )
     return kept
 
@@ -339,15 +344,21 @@ def _check_found(
             continue
         what = f"{expert_type} on {entry.target!r}" if isinstance(entry, LoraOptions) else expert_type
         if not entry.optional:
-            roles = ", ".join(sites.architecture.roles) or "none"
             raise UserError(
-                f"experts[{index}] ({what}) has no site in this model ({type(model).__name__}). It has the roles {roles}"
-                f"{'' if sites.architecture.mlp else ', no MLP module for a parallel adapter'}"
-                f"{', and no prompt expert: ' + sites.architecture.no_prompt if sites.architecture.no_prompt else ''}. "
-                "Name one of these, a linear layer of the block, or leave the expert out."
+                f"experts[{index}] ({what}) has no site in this model ({type(model).__name__}), which has "
+                f"{_available(sites.architecture)}. Name one of these, a linear layer of the block, or leave the "
+                "expert out."
             )
         missing.append(what)
     if missing:
         warnings.warn(
             f"{type(model).__name__} has no site for: {', '.join(missing)}. The mixture goes without.", stacklevel=2
         )
+
+
+def _available(architecture: Architecture) -> str:
+    sites = [f"the roles {', '.join(architecture.roles) or 'none'}"]
+    sites.append("an MLP for parallel adapters" if architecture.mlp else "no MLP module for parallel adapters")
+    if architecture.no_prompt:
+        sites.append(f"no prompt expert ({architecture.no_prompt})")
+    return "; ".join(sites)

@@ -1,7 +1,7 @@
 """Where the prompt expert joins attention: a wrapper around transformers' attention functions.
 
-Each function keeps its own name in the registry, so masks, kernels and string checks behave as before; the wrapper returns at
-once for attention modules without a prompt expert.
+Each function keeps its own name in the registry, so masks, kernels and string checks behave as before; the wrapper
+returns at once for attention modules without a prompt expert.
 """
 
 import functools
@@ -110,8 +110,8 @@ def _with_prompt(function: Callable[..., Any]) -> Callable[..., Any]:
 def install_prompt_attention(attention: nn.Module) -> None:
     """Make every registered attention function, and the family's eager one, serve prompt experts.
 
-    Idempotent. The eager function is not in the registry: each modeling module passes its own as the default, looked up
-    by name when attention runs, so it is wrapped there.
+    Idempotent. The eager function is not in the registry: each modeling module passes its own as the default, looked
+    up by name when attention runs, so it is wrapped there.
 
     Args:
         attention: an attention module of the model.

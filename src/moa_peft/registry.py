@@ -6,6 +6,7 @@ from typing import Generic, TypeVar
 from moa_peft.errors import UserError
 
 T = TypeVar("T")
+C = TypeVar("C", bound=type)
 
 
 class Registry(Generic[T]):
@@ -19,15 +20,15 @@ class Registry(Generic[T]):
         self.kind = kind
         self._entries: dict[str, T] = {}
 
-    def register(self, name: str) -> Callable[[T], T]:
+    def register(self, name: str) -> Callable[[C], C]:
         """Decorator that enters a class under `name`; a name can be taken once."""
 
-        def enter(entry: T) -> T:
+        def enter(entry: C) -> C:
             if name in self._entries:
                 raise ValueError(
                     f"{self.kind} {name!r} is already registered (existing={self._entries[name]}, new={entry})"
                 )
-            self._entries[name] = entry
+            self._entries[name] = entry  # type: ignore[assignment]
             return entry
 
         return enter

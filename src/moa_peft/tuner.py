@@ -12,6 +12,7 @@ from moa_peft.errors import UserError
 from moa_peft.layer import MERGE_MESSAGE, MoALayer
 from moa_peft.plan import Plan, make_plan
 from moa_peft.prompt_attention import install_prompt_attention
+from moa_peft.starting_weights import StartingWeights
 
 
 class MoAModel(BaseTuner):
@@ -39,10 +40,11 @@ class MoAModel(BaseTuner):
         assert isinstance(config, MoAConfig)
         _check_other_tuners(model)
         _check_tensor_parallel(model)
-        # PEFT matches modules one at a time; the plan has decided for all of them, and a state dict adds nothing to it.
-        self.__dict__["_plan"] = make_plan(config, model)
+        # PEFT matches modules one at a time; the plan has decided for all of them, and a state dict adds nothing to
+        # it.
+        vars(self)["_plan"] = make_plan(config, model)
         _check_adapter_name(adapter_name, self._plan)
-        start = _starting_weights(config, model, self._plan) if config.init_from else None
+        start = StartingWeights.read(config, self._plan) if config.init_from else None
         super().inject_adapter(
             model,
             adapter_name,
@@ -114,16 +116,16 @@ def _check_other_tuners(model: nn.Module) -> None:
                 continue
             raise UserError(
                 f"The model already carries another PEFT method ({type(module).__name__} at {name}). A mixture of "
-                "adapters can be combined with modules_to_save and trainable tokens only. Call unload() first; to start "
-                "from a LoRA adapter, save it and use MoAConfig(init_from=FOLDER)."
+                "adapters can be combined with modules_to_save and trainable tokens only. Call unload() first; to "
+                "start from a LoRA adapter, save it and use MoAConfig(init_from=FOLDER)."
             )
 
 
 def _check_tensor_parallel(model: nn.Module) -> None:
     if getattr(model, "_tp_size", None) or getattr(model, "_tp_plan_applied", False):
         raise UserError(
-            "The model was loaded with tensor parallelism (tp_plan), which a mixture of adapters does not support. Load "
-            "it without tp_plan; data parallelism and FSDP work."
+            "The model was loaded with tensor parallelism (tp_plan), which a mixture of adapters does not support. "
+            "Load it without tp_plan; data parallelism and FSDP work."
         )
 
 
@@ -139,9 +141,3 @@ def _check_adapter_name(adapter_name: str, plan: Plan) -> None:
             f"adapter_name is {adapter_name!r}, which is also part of the names of this model's tensors; PEFT would "
             "then drop tensors of other adapters when saving. Choose another name."
         )
-
-
-def _starting_weights(config: MoAConfig, model: nn.Module, plan: Plan) -> Any:
-    from moa_peft.starting_weights import StartingWeights
-
-    return StartingWeights.read(config, model, plan)

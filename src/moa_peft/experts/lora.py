@@ -38,7 +38,9 @@ class LoraOptions(ExpertOptions):
         super().__post_init__()
         targets = [self.target] if isinstance(self.target, str) else self.target
         if not isinstance(targets, (list, tuple)) or not targets or not all(isinstance(t, str) and t for t in targets):
-            raise UserError(f"target is {self.target!r}; it must be a role, a module name, a pattern, or a list of them.")
+            raise UserError(
+                f"target is {self.target!r}; it must be a role, a module name, a pattern, or a list of them."
+            )
         check_positive_int("rank", self.rank)
         if self.alpha is not None:
             check_range("alpha", self.alpha, 0.0, float("inf"))
@@ -60,6 +62,8 @@ class LoraExpert(Expert):
     Options = LoraOptions
     site_kind = "linear"
     options: LoraOptions
+    lora_A: MasterLinear
+    lora_B: MasterLinear
 
     def __init__(self, shape: SiteShape, options: LoraOptions) -> None:
         super().__init__(shape, options)

@@ -5,8 +5,9 @@ With learned prompt embeddings P, and queries q as the base attention uses them 
     K_p, V_p = W_k P, W_v P          the frozen base projections, with their bias; no rotation
     out = w * g_h * softmax(scaling * q K_p^T) V_p
 
-The softmax runs over the prompt alone, in float32, so no key-value cache entry and no mask is involved. The gate g has one
-number per head, starts at zero (the expert is then exactly off) and multiplies plainly, without tanh, as in MoA (METHODS 1.4).
+The softmax runs over the prompt alone, in float32, so no key-value cache entry and no mask is involved. The gate g
+has one number per head, starts at zero (the expert is then exactly off) and multiplies plainly, without tanh, as in
+MoA (METHODS 1.4).
 """
 
 from dataclasses import dataclass

@@ -2,8 +2,8 @@
 
 Soft:    ``w = sigmoid(head(z))``, every expert takes part.
 Sparse:  ``tau = max_threshold * sigmoid(v . z + c)`` (or the constant ``max_threshold``) and
-         ``w~_i = w_i * 1[w_i >= tau]``; weights that survive are neither shifted nor renormalised, and a token may keep
-         no expert at all.
+         ``w~_i = w_i * 1[w_i >= tau]``; weights that survive are neither shifted nor renormalised, and a token may
+         keep no expert at all.
 """
 
 from dataclasses import dataclass
@@ -12,8 +12,8 @@ from typing import Literal
 import torch
 from torch import nn
 
-from moa_peft.fields import check_choice, check_range
 from moa_peft.errors import UserError
+from moa_peft.fields import check_choice, check_range
 from moa_peft.initialization import Init, MasterLinear, reset_linear
 from moa_peft.routers.base import ROUTERS, Router, RouterOptions
 from moa_peft.routers.heads import LinearHead, SwiGLUHead
