@@ -24,6 +24,7 @@ class Variant:
         frozen: reason why parameters whose name contains `frozen_part` stay as they are; None where all move.
         frozen_part: see `frozen`.
         families: families it is tested on; None is all.
+        needs_prompt: reason why it generates with a cache only; None where it needs none.
     """
 
     name: str
@@ -32,6 +33,7 @@ class Variant:
     frozen: str | None = None
     frozen_part: str = ""
     families: tuple[str, ...] | None = None
+    needs_prompt: str | None = None
 
 
 def _heterogeneous() -> MoAConfig:
@@ -75,6 +77,11 @@ VARIANTS = [
         lambda: MoAConfig.sparse(threshold="constant", max_threshold=0.45, task_type="CAUSAL_LM"),
         families=CORE,
     ),
+    Variant(
+        "soft-sequence",
+        lambda: MoAConfig.soft(granularity="sequence", task_type="CAUSAL_LM"),
+        needs_prompt="one routing per sequence is pooled over its prompt",
+    ),
     Variant("heterogeneous", _heterogeneous, families=CORE),
     Variant(
         "reference-start",
@@ -97,13 +104,13 @@ class Family:
 
     Attributes:
         name: key of `tests.models.FAMILIES`.
-        left_padding: reason why a left-padded row cannot equal the unpadded one; None where it must.
         drops: experts of the presets that the family has no site for.
+        no_sequence: reason why sequence granularity is refused; None where it works.
     """
 
     name: str
-    left_padding: str | None = None
     drops: tuple[str, ...] = field(default=())
+    no_sequence: str | None = None
 
 
 FAMILIES = [
@@ -122,7 +129,7 @@ FAMILIES = [
     Family("gpt_neox"),
     Family("gpt2"),
     Family("opt"),
-    Family("falcon", drops=("prompt",)),
+    Family("falcon", drops=("prompt",), no_sequence="the model keeps further arguments from its blocks"),
     Family("qwen3_moe"),
     Family("mixtral", drops=("lora on 'down'",)),
 ]
@@ -131,7 +138,8 @@ CASES = [
     (variant, family)
     for variant in VARIANTS
     for family in FAMILIES
-    if variant.families is None or family.name in variant.families
+    if (variant.families is None or family.name in variant.families)
+    and not (family.no_sequence and variant.config().granularity == "sequence")
 ]
 
 

@@ -129,7 +129,9 @@ def randomise(module: torch.nn.Module, *, std: float = 0.1, seed: int = 0, only_
 
 
 def tiny_batch(*, rows: int = 3, tokens: int = 9, seed: int = 1) -> dict[str, torch.Tensor]:
-    """An unpadded batch of token ids with labels."""
+    """An unpadded batch of token ids with labels on all but the first three tokens, the prompt."""
     generator = torch.Generator().manual_seed(seed)
     input_ids = torch.randint(3, 80, (rows, tokens), generator=generator)
-    return {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids), "labels": input_ids.clone()}
+    labels = input_ids.clone()
+    labels[:, :3] = -100
+    return {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids), "labels": labels}

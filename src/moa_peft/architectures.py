@@ -30,6 +30,7 @@ class Architecture:
             ``concatenated`` (q, k, v), or fused ``interleaved`` per head.
         key_norm: norm of keys inside the attention module that works per head, used if the model has it.
         no_prompt: why the prompt expert cannot work here; None where it can.
+        no_sequence: why sequence granularity cannot work here; None where it can.
     """
 
     blocks: str
@@ -40,6 +41,7 @@ class Architecture:
     key_value_layout: Literal["separate", "concatenated", "interleaved"] = "separate"
     key_norm: str | None = None
     no_prompt: str | None = None
+    no_sequence: str | None = None
 
     def __post_init__(self) -> None:
         for role in self.roles:
@@ -146,6 +148,7 @@ ARCHITECTURES: Mapping[str, Architecture] = {
         # The new decoder architecture reads ln_attn, the old one input_layernorm: the first that a block has counts.
         norm="ln_attn|input_layernorm",
         no_prompt=_NO_INTERFACE,
+        no_sequence="its model does not hand further arguments on to its blocks",
     ),
 }
 """The families that need no description, by the ``model_type`` of their decoder stack."""

@@ -12,6 +12,7 @@ from typing import Any
 from torch import nn
 
 from moa_peft.layer import MoALayer
+from moa_peft.pooling import ARGUMENT
 
 CHILD = "moa"
 """Name of the tuner layer in its block. It must not contain the prefix ``moa_``, by which PEFT finds containers."""
@@ -25,7 +26,7 @@ def routed_class(block_class: type[nn.Module]) -> type[nn.Module]:
         layer: MoALayer = self.moa  # type: ignore[assignment]
         hidden = args[0] if args else kwargs["hidden_states"]
         cache = kwargs.get("past_key_values")
-        layer.start(hidden, kwargs.get("layer_past") if cache is None else cache)
+        layer.start(hidden, kwargs.get("layer_past") if cache is None else cache, kwargs.pop(ARGUMENT, None))
         try:
             output = block_class.forward(self, *args, **kwargs)
             layer.check_prompt_ran()

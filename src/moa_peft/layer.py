@@ -19,6 +19,7 @@ from moa_peft.architectures import Architecture
 from moa_peft.config import MoAConfig
 from moa_peft.experts import EXPERTS, PromptExpert
 from moa_peft.plan import Slot, norm_name, submodule
+from moa_peft.pooling import Pooling, route_sequences
 from moa_peft.prompt_attention import PROMPT_SITE, PromptSite
 from moa_peft.routers import ROUTERS
 from moa_peft.routing import Routing
@@ -61,6 +62,7 @@ class MoALayer(nn.Module, BaseTunerLayer):
         self._routings: dict[str, Routing] = {}
         self._site_inputs: dict[tuple[str, str], torch.Tensor] = {}
         self._cache: Any = None
+        self._pooling: Pooling | None = None
         self._prompt_ran = False
         self.recorder: Callable[[str, Routing], None] | None = None
         self._handles: dict[tuple[str, str, str], Any] = {}
@@ -129,14 +131,16 @@ class MoALayer(nn.Module, BaseTunerLayer):
             return []
         return [name for name in self.active_adapters if name in self.moa_router]
 
-    def start(self, hidden: torch.Tensor, cache: Any) -> None:
+    def start(self, hidden: torch.Tensor, cache: Any, pooling: Pooling | None) -> None:
         """Called when the block starts: route from the residual stream where that is the router's input.
 
         Args:
             hidden: ``[B, T, D]`` input of the block.
             cache: key-value cache of the call, or None.
+            pooling: what mixtures of sequence granularity pool over, or None.
         """
         self._cache = cache
+        self._pooling = pooling
         self._prompt_ran = False
         self._routings = {}
         for name in self._running():
@@ -148,7 +152,12 @@ class MoALayer(nn.Module, BaseTunerLayer):
                 self._route(name, F.rms_norm(hidden, (hidden.shape[-1],)))
 
     def _route(self, adapter_name: str, hidden: torch.Tensor) -> None:
-        routing = self.moa_router[adapter_name](hidden)
+        router = self.moa_router[adapter_name]
+        if self.mixtures[adapter_name].granularity == "sequence":
+            key = (id(self), adapter_name)
+            routing = route_sequences(router, hidden, self._pooling, self._cache, key)
+        else:
+            routing = router(hidden)
         self._routings[adapter_name] = routing
         if self.recorder is not None:
             self.recorder(adapter_name, routing)
@@ -158,6 +167,7 @@ class MoALayer(nn.Module, BaseTunerLayer):
         self._routings = {}
         self._site_inputs = {}
         self._cache = None
+        self._pooling = None
 
     def check_prompt_ran(self) -> None:
         """Raise if a prompt expert should have acted and did not, instead of training without it."""

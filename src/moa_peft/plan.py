@@ -58,6 +58,10 @@ def make_plan(config: MoAConfig, model: nn.Module) -> Plan:
         UserError: if the family is unknown, a listed expert has no site, or nothing is left to adapt.
     """
     architecture, blocks = find_blocks(config, model)
+    if config.granularity == "sequence" and architecture.no_sequence:
+        raise UserError(
+            f"granularity 'sequence' cannot be used with this family: {architecture.no_sequence}. Use 'token'."
+        )
     options = config.expert_options()
     _check_layers(options, len(blocks))
     sites = _SiteFinder(config, architecture, model)

@@ -11,6 +11,7 @@ from moa_peft.config import MoAConfig
 from moa_peft.errors import UserError
 from moa_peft.layer import MERGE_MESSAGE, MoALayer
 from moa_peft.plan import Plan, make_plan
+from moa_peft.pooling import add_pooling
 from moa_peft.prompt_attention import install_prompt_attention
 from moa_peft.starting_weights import StartingWeights
 
@@ -51,6 +52,7 @@ class MoAModel(BaseTuner):
             autocast_adapter_dtype=autocast_adapter_dtype,
             low_cpu_mem_usage=low_cpu_mem_usage,
         )
+        _install_pooling(model, self.peft_config)
         if start is not None and not low_cpu_mem_usage:
             start.apply(model, adapter_name)
         if getattr(model, "model_tags", None) is None:
@@ -99,6 +101,7 @@ class MoAModel(BaseTuner):
         for module in list(self.model.modules()):
             if isinstance(getattr(module, blocks.CHILD, None), MoALayer):
                 blocks.uninstall(module)
+        _remove_pooling(self.model)
         return model
 
     @classmethod
@@ -107,6 +110,19 @@ class MoAModel(BaseTuner):
         for container in MoALayer.adapter_layer_names:
             key = key.replace(f".{container}.{adapter_name}.", f".{container}.", 1)
         return key
+
+
+def _install_pooling(model: nn.Module, configs: dict[str, Any]) -> None:
+    wanted = any(isinstance(c, MoAConfig) and c.granularity == "sequence" for c in configs.values())
+    if wanted and add_pooling not in model._forward_pre_hooks.values():
+        model.register_forward_pre_hook(add_pooling, with_kwargs=True)
+
+
+def _remove_pooling(model: nn.Module) -> None:
+    for number, hook in list(model._forward_pre_hooks.items()):
+        if hook is add_pooling:
+            del model._forward_pre_hooks[number]
+            model._forward_pre_hooks_with_kwargs.pop(number, None)
 
 
 def _check_other_tuners(model: nn.Module) -> None:
