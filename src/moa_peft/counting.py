@@ -3,12 +3,12 @@
 from collections import defaultdict
 from dataclasses import dataclass, field
 
-import torch
-from peft import PeftConfig, get_peft_model
+from peft import PeftConfig
 from torch import nn
-from transformers import AutoModelForCausalLM, PreTrainedConfig
+from transformers import PreTrainedConfig
 
 from moa_peft.layer import MoALayer
+from moa_peft.meta_model import adapter_on_meta
 
 
 @dataclass
@@ -91,7 +91,4 @@ def count_parameters(model_config: PreTrainedConfig, config: PeftConfig) -> Para
     Raises:
         UserError: if the configuration does not fit the model.
     """
-    with torch.device("meta"):
-        base = AutoModelForCausalLM.from_config(model_config)
-        model = get_peft_model(base, config, low_cpu_mem_usage=True)
-    return count_adapter(model)
+    return count_adapter(adapter_on_meta(config, model_config))

@@ -21,7 +21,7 @@ from moa_peft.experts import EXPERTS, PromptExpert
 from moa_peft.plan import Slot, norm_name, submodule
 from moa_peft.pooling import Pooling, route_sequences
 from moa_peft.prompt_attention import PROMPT_SITE, PromptSite
-from moa_peft.routers import ROUTERS
+from moa_peft.routers import ROUTERS, Router
 from moa_peft.routing import Routing
 
 
@@ -153,6 +153,7 @@ class MoALayer(nn.Module, BaseTunerLayer):
 
     def _route(self, adapter_name: str, hidden: torch.Tensor) -> None:
         router = self.moa_router[adapter_name]
+        assert isinstance(router, Router)
         if self.mixtures[adapter_name].granularity == "sequence":
             key = (id(self), adapter_name)
             routing = route_sequences(router, hidden, self._pooling, self._cache, key)

@@ -212,7 +212,7 @@ def _routed_cache(cache_class: type[Cache]) -> type[Cache]:
             threshold = None if routing.threshold is None else change(routing.threshold)
             self.moa_routings[key] = Routing(change(routing.weights), change(routing.scores), threshold)
 
-    def reorder_cache(self: Any, beam_idx: torch.Tensor) -> None:
+    def reorder_cache(self: Any, beam_idx: torch.LongTensor) -> None:
         cache_class.reorder_cache(self, beam_idx)
         select(self, lambda values: values.index_select(0, beam_idx.to(values.device)))
 
