@@ -9,6 +9,9 @@ from safetensors import SafetensorError, safe_open
 
 BEGIN = "<!-- moa-peft: mixture -->"
 END = "<!-- moa-peft: end -->"
+TITLE = "# Mixture-of-adapters model"
+TEMPLATE_TITLE = "# Model Card for Model ID"
+FRAMEWORK = "### Framework versions"
 
 
 def update_model_card(folder: str | Path, config: Any) -> None:
@@ -20,10 +23,18 @@ def update_model_card(folder: str | Path, config: Any) -> None:
     """
     path = Path(folder) / "README.md"
     card = ModelCard.load(path) if path.exists() else ModelCard.from_template(ModelCardData(library_name="peft"))
-    before, _, rest = card.text.partition(BEGIN)
+    before, _, rest = _without_empty_template(card.text).partition(BEGIN)
     after = rest.partition(END)[2] if rest else ""
     card.text = f"{before.rstrip()}\n\n{BEGIN}\n{_section(Path(folder), config)}\n{END}\n{after.lstrip()}".lstrip()
     card.save(path)
+
+
+def _without_empty_template(text: str) -> str:
+    """The card without the hub's empty form, which would bury what is known under what is not."""
+    if TEMPLATE_TITLE not in text:
+        return text
+    _, framework, versions = text.partition(FRAMEWORK)
+    return f"{TITLE}\n\n{framework}{versions}"
 
 
 def _section(folder: Path, config: Any) -> str:

@@ -68,8 +68,6 @@ def make_plan(config: MoAConfig, model: nn.Module) -> Plan:
     found: dict[int, int] = Counter()
     plan: dict[str, tuple[Slot, ...]] = {}
     for index, (block_name, block) in enumerate(blocks.items()):
-        if sites.excluded(block_name):
-            continue
         drafts = []
         for entry, (expert_type, expert_options) in enumerate(zip(config.expert_types, options)):
             layers = expert_options.layer_indices()
@@ -78,7 +76,7 @@ def make_plan(config: MoAConfig, model: nn.Module) -> Plan:
             slots = sites.slots(expert_type, expert_options, block_name, block)
             found[entry] += len(slots)
             drafts += [slot for slot in slots if not sites.excluded(f"{block_name}.{slot.modules[1]}")]
-        if drafts:
+        if drafts and not sites.excluded(block_name):
             plan[block_name] = tuple(_numbered(_shared_roles(drafts)))
     _check_found(config, options, found, sites, model)
     if not plan:

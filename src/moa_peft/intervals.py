@@ -1,0 +1,83 @@
+"""95 % intervals of a share, and of the difference of two shares measured on the same questions."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from moa_peft.errors import UserError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Interval:
+    """A 95 % interval, as shares."""
+
+    low: float
+    high: float
+
+
+def wilson_interval(successes: int, trials: int) -> Interval:
+    """95 % Wilson score interval of a share.
+
+    Raises:
+        UserError: scipy is not installed.
+    """
+    interval = _import_stats().binomtest(successes, trials).proportion_ci(confidence_level=0.95, method="wilson")
+    return Interval(low=float(interval.low), high=float(interval.high))
+
+
+def paired_difference(before: Sequence[bool], after: Sequence[bool]) -> tuple[float, Interval]:
+    """Difference of two shares measured on the same questions, with its 95 % interval.
+
+    Newcombe's hybrid score interval for paired data (Statistics in Medicine 17, 1998, method 10): with the Wilson
+    intervals (l1, u1), (l2, u2) of the shares p1 (after) and p2 (before) and the phi coefficient of the pairs,
+
+        low  = d - sqrt((p1 - l1)^2 - 2 phi (p1 - l1)(u2 - p2) + (u2 - p2)^2)
+        high = d + sqrt((p2 - l2)^2 - 2 phi (p2 - l2)(u1 - p1) + (u1 - p1)^2),  d = p1 - p2
+
+    It stays within [-1, 1] and holds its level where few questions are right before or all are right after.
+
+    Args:
+        before: whether each question was right before.
+        after: whether the same question is right after.
+
+    Returns:
+        The difference of the shares and its interval, as shares.
+    """
+    trials = len(before)
+    assert trials == len(after) > 0
+    p1, p2 = sum(after) / trials, sum(before) / trials
+    first, second = wilson_interval(sum(after), trials), wilson_interval(sum(before), trials)
+    phi = _phi(before, after)
+    down1, up1, down2, up2 = p1 - first.low, first.high - p1, p2 - second.low, second.high - p2
+    low = max(down1**2 - 2 * phi * down1 * up2 + up2**2, 0.0) ** 0.5
+    high = max(down2**2 - 2 * phi * down2 * up1 + up1**2, 0.0) ** 0.5
+    return p1 - p2, Interval(low=p1 - p2 - low, high=p1 - p2 + high)
+
+
+def _phi(before: Sequence[bool], after: Sequence[bool]) -> float:
+    """Phi coefficient of the pairs, with the method's continuity correction where it is positive."""
+    pairs = list(zip(before, after, strict=True))
+    both, neither = pairs.count((True, True)), pairs.count((False, False))
+    lost, won = pairs.count((True, False)), pairs.count((False, True))
+    product = (both + lost) * (won + neither) * (both + won) * (lost + neither)
+    if product == 0:
+        return 0.0
+    numerator = both * neither - lost * won
+    if numerator > 0:
+        numerator = max(numerator - len(pairs) / 2, 0)
+    return numerator / product**0.5
+
+
+def require_scipy() -> None:
+    """Raise a `UserError` unless scipy is installed: for checks before long work."""
+    _import_stats()
+
+
+def _import_stats() -> Any:
+    try:
+        from scipy import stats
+    except ImportError as error:
+        raise UserError("evaluation: intervals need scipy. Run: pip install 'moa-peft[eval]'") from error
+    return stats

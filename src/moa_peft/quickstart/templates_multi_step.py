@@ -1,0 +1,288 @@
+"""Training templates of the word problems that take two or three calculations."""
+
+from moa_peft.quickstart.templates import Template
+
+TWO_STEPS = (
+    Template(
+        "gave_and_found",
+        "two_step",
+        "{name} had {a:item}. {He} gave {b} of them to {pal} and then found {c} more. "
+        "How many {items} does {name} have now?",
+        "After giving {b} away, {name} had {s1:item}. After finding {c} more, {name} has {s2:item}.",
+        steps=("a - b", "x + c"),
+        free={"b": (2, 20), "d": (2, 30), "c": (2, 30)},
+        given={"a": "b + d"},
+    ),
+    Template(
+        "bought_and_had",
+        "two_step",
+        "{name} buys {a:container} with {b:item} in each. {He} already had {c:item}. "
+        "How many {items} does {he} have now?",
+        "{name} buys {s1:item}. With the {c} from before, {name} has {s2:item}.",
+        steps=("a * b", "x + c"),
+        free={"a": (2, 9), "b": (3, 12), "c": (2, 30)},
+    ),
+    Template(
+        "packed_and_eaten",
+        "two_step",
+        "{name} buys {a:container} with {b:food} in each. {His} friends eat {c} of them. How many {foods} are left?",
+        "{name} buys {s1:food}. After {c} are eaten, {s2:food} are left.",
+        steps=("a * b", "x - c"),
+        free={"a": (3, 9), "b": (4, 10), "c": (2, 10)},
+    ),
+    Template(
+        "keep_and_share",
+        "two_step",
+        "{name} has {a:item}. {He} keeps {b} and shares the rest equally among {c} friends. "
+        "How many {items} does each friend get?",
+        "{name} shares {s1:item}. Each of {c} friends gets {s2:item}.",
+        steps=("a - b", "x / c"),
+        free={"b": (2, 20), "c": (2, 9), "q": (2, 10)},
+        given={"a": "c * q + b"},
+    ),
+    Template(
+        "together_in_boxes",
+        "two_step",
+        "{name} picks {a:fruit} and {pal} picks {b}. They put all of them into {c} baskets, the same number in each. "
+        "How many {fruits} are in each basket?",
+        "Together they have {s1:fruit}. Each of {c} baskets has {s2:fruit}.",
+        steps=("a + b", "x / c"),
+        free={"b": (2, 9), "c": (3, 6), "q": (4, 10)},
+        given={"a": "c * q - b"},
+    ),
+    Template(
+        "children_bring",
+        "two_step",
+        "For a party in the class of {name}, {a:girl} and {b:boy} each bring {c:food}. How many {foods} are there?",
+        "There are {s1:child}. Each brings {c}, so there are {s2:food}.",
+        steps=("a + b", "x * c"),
+        free={"a": (2, 12), "b": (2, 12), "c": (2, 6)},
+    ),
+    Template(
+        "sold_all_but",
+        "two_step",
+        "{name} had {a:thing} to sell. {He} sold all but {b} of them at ${c} each. How many dollars did {he} earn?",
+        "{name} sold {s1:thing}. At {c:dollar} each, that is {s2:dollar}.",
+        steps=("a - b", "x * c"),
+        free={"b": (2, 9), "d": (3, 12), "c": (2, 9)},
+        given={"a": "b + d"},
+    ),
+    Template(
+        "crates",
+        "two_step",
+        "A shop gets {a:crate} with {b} boxes in each. Every box holds {c:toy}. How many {toys} does the shop get?",
+        "There are {s1:box}. With {c} in each box, that is {s2:toy}.",
+        steps=("a * b", "x * c"),
+        free={"a": (2, 5), "b": (2, 6), "c": (2, 6)},
+    ),
+    Template(
+        "earn_twice_and_spend",
+        "two_step",
+        "{name} earned ${a} for washing cars and ${b} for walking dogs. {He} spent ${c} on a {toy}. "
+        "How many dollars does {he} have left?",
+        "{name} earned {s1:dollar}. After spending {c}, {name} has {s2:dollar} left.",
+        steps=("a + b", "x - c"),
+        free={"a": (10, 40), "b": (5, 30), "c": (3, 14)},
+    ),
+    Template(
+        "two_used_on_two_days",
+        "two_step",
+        "A school has {a:notebook}. The class of {name} uses {b} in May and {c} in June. How many notebooks are left?",
+        "After May there were {s1:notebook}. After June there were {s2:notebook} left.",
+        steps=("a - b", "x - c"),
+        free={"b": (2, 25), "c": (2, 25), "d": (2, 30)},
+        given={"a": "b + c + d"},
+    ),
+    Template(
+        "more_than_together",
+        "compare",
+        "{name} has {a:item}. {pal} has {b} more than {name}. How many {items} do they have together?",
+        "{pal} has {s1:item}. Together they have {s2:item}.",
+        steps=("a + b", "a + x"),
+        free={"a": (3, 25), "b": (2, 20)},
+    ),
+    Template(
+        "times_together",
+        "compare",
+        "{name} scores {a:point} in a game. {pal} scores {b} times as many. How many points do they score together?",
+        "{pal} scores {s1:point}. Together they score {s2:point}.",
+        steps=("b * a", "a + x"),
+        free={"a": (3, 15), "b": (2, 6)},
+    ),
+    Template(
+        "change_from_many",
+        "money",
+        "{name} buys {a:thing} at ${b} each and pays with ${c}. How many dollars does {he} get back?",
+        "{name} spends {s1:dollar}. {name} gets back {s2:dollar}.",
+        steps=("a * b", "c - x"),
+        free={"a": (2, 9), "b": (2, 9), "d": (2, 30)},
+        given={"c": "a * b + d"},
+    ),
+    Template(
+        "how_many_can_buy",
+        "money",
+        "{name} has ${a}. {He} spends ${b} on a {toy} and the rest on postcards at ${c} each. "
+        "How many postcards does {he} buy?",
+        "After the {toy}, {name} has {s1:dollar}. At {c:dollar} each, {name} buys {s2:postcard}.",
+        steps=("a - b", "x / c"),
+        free={"b": (5, 20), "c": (2, 5), "q": (2, 9)},
+        given={"a": "c * q + b"},
+    ),
+    Template(
+        "same_speed",
+        "rate",
+        "{name} packs {a:box} with {foods} in {b:hour}. How many boxes does {he} pack in {c:hour} at the same speed?",
+        "In one hour {name} packs {s1:box}. In {c:hour} {name} packs {s2:box}.",
+        steps=("a / b", "x * c"),
+        free={"b": (2, 6), "c": (2, 9), "q": (2, 10)},
+        given={"a": "b * q"},
+    ),
+    Template(
+        "two_legs",
+        "rate",
+        "{name} rides a bike for {b:hour} at {a:kilometer} an hour. Then {he} walks {c:kilometer}. "
+        "How many kilometers is that in all?",
+        "By bike {name} goes {s1:kilometer}. With the walk, that is {s2:kilometer}.",
+        steps=("a * b", "x + c"),
+        free={"a": (8, 25), "b": (2, 6), "c": (2, 9)},
+    ),
+    Template(
+        "discount",
+        "percent",
+        "A coat costs ${a}. {name} gets it for {p}% less. How many dollars does {he} pay?",
+        "{p}% of {a} is {s1:dollar}. {name} pays {s2:dollar}.",
+        steps=("a * p / 100", "a - x"),
+        free={"a": (20, 200, 10), "p": (10, 60, 10)},
+    ),
+    Template(
+        "growth",
+        "percent",
+        "The sports club of {name} had {a:member}. This year it grew by {p}%. How many members does it have now?",
+        "{p}% of {a} is {s1:member}. Now there are {s2:member}.",
+        steps=("a * p / 100", "a + x"),
+        free={"a": (20, 200, 10), "p": (10, 60, 10)},
+    ),
+    Template(
+        "percent_left",
+        "percent",
+        "{name} has a book of {a:page} and reads {p}% of it. How many pages are left?",
+        "{p}% of {a} is {s1:page}. That leaves {s2:page}.",
+        steps=("a * p / 100", "a - x"),
+        free={"a": (50, 300, 10), "p": (10, 90, 10)},
+    ),
+    Template(
+        "trip_minutes",
+        "time",
+        "The trip of {name} takes {a:hour} and {b:minute}. How many minutes is that?",
+        "{a:hour} are {s1:minute}. With {b} more, that is {s2:minute}.",
+        steps=("a * 60", "x + b"),
+        free={"a": (2, 9), "b": (5, 55, 5)},
+    ),
+    Template(
+        "weeks_and_days",
+        "time",
+        "{name} is on a journey for {a:week} and {b:day}. How many days is that?",
+        "{a:week} are {s1:day}. With {b} more, that is {s2:day}.",
+        steps=("a * 7", "x + b"),
+        free={"a": (2, 12), "b": (2, 6)},
+    ),
+    Template(
+        "left_over",
+        "remainder",
+        "{name} puts {a:food} into bags of {b}. {He} fills as many bags as {he} can. How many {foods} are left over?",
+        "{q:bag} hold {s1:food}. That leaves {s2:food}.",
+        steps=("q * b", "a - x"),
+        free={"b": (5, 12), "q": (2, 9), "r": (1, 4)},
+        given={"a": "b * q + r"},
+    ),
+    Template(
+        "ribbon_rest",
+        "remainder",
+        "{name} cuts a ribbon of {a} centimeters into pieces of {b} centimeters. "
+        "How many centimeters are left at the end?",
+        "{q:piece} take {s1:centimeter}. That leaves {s2:centimeter}.",
+        steps=("q * b", "a - x"),
+        free={"b": (6, 15), "q": (2, 9), "r": (1, 5)},
+        given={"a": "b * q + r"},
+    ),
+    Template(
+        "boats",
+        "remainder",
+        "{name} goes on a boat trip in a group of {a:person}. Each boat has room for {b:person}. "
+        "How many boats does the group need?",
+        "{q:boat} have room for {s1:person}. One more boat is needed, so {s2:boat}.",
+        steps=("q * b", "q + 1"),
+        free={"b": (4, 12), "q": (2, 9), "r": (1, 3)},
+        given={"a": "b * q + r"},
+    ),
+    Template(
+        "mean_of_two",
+        "average",
+        "{name} scores {a:point} in one game and {b:point} in the next. What is the average score?",
+        "The sum is {s1:point}. The average is {s2:point}.",
+        steps=("a + b", "x / 2"),
+        free={"m": (10, 40), "d": (1, 8)},
+        given={"a": "m + d", "b": "m - d"},
+    ),
+    Template(
+        "mean_of_three",
+        "average",
+        "{name} walks {a:kilometer} on Monday, {b:kilometer} on Tuesday and {c:kilometer} on Wednesday. "
+        "How many kilometers is that per day on average?",
+        "The sum is {s1:kilometer}. The average is {s2:kilometer}.",
+        steps=("a + b + c", "x / 3"),
+        free={"m": (8, 20), "d": (1, 3), "e": (1, 3)},
+        given={"a": "m + d", "b": "m + e", "c": "m - d - e"},
+    ),
+)
+
+THREE_STEPS = (
+    Template(
+        "two_kinds",
+        "three_step",
+        "{name} buys {a:thing} at ${b} each and {c:food} at ${d} each. How many dollars does {he} pay in all?",
+        "The {things} cost {s1:dollar}. The {foods} cost {s2:dollar}. In all that is {s3:dollar}.",
+        steps=("a * b", "c * d", "x + y"),
+        free={"a": (2, 6), "b": (3, 9), "c": (2, 8), "d": (2, 4)},
+    ),
+    Template(
+        "bus_two_stops",
+        "three_step",
+        "{name} is on a bus with {a:person}. At one stop {b} get off and {c} get on. At the next stop {d} get off. "
+        "How many people are on the bus now?",
+        "First there are {s1:person} left. Then there are {s2:person}. In the end there are {s3:person}.",
+        steps=("a - b", "x + c", "y - d"),
+        free={"b": (2, 10), "c": (4, 12), "d": (2, 6), "e": (3, 20)},
+        given={"a": "b + e"},
+    ),
+    Template(
+        "wages",
+        "three_step",
+        "{name} works for {a:hour} at ${b} an hour and gets a tip of ${c}. Then {he} spends ${d}. "
+        "How many dollars does {he} have left?",
+        "The work pays {s1:dollar}. With the tip, that is {s2:dollar}. After spending, {s3:dollar} are left.",
+        steps=("a * b", "x + c", "y - d"),
+        free={"a": (2, 8), "b": (6, 12), "c": (2, 9), "d": (3, 12)},
+    ),
+    Template(
+        "pick_eat_divide",
+        "three_step",
+        "{name} picks {a:fruit} and {pal} picks {b}. They eat {c} and put the rest into {d} bags, "
+        "the same number in each. How many {fruits} are in each bag?",
+        "Together they pick {s1:fruit}. After eating, they have {s2:fruit}. Each bag has {s3:fruit}.",
+        steps=("a + b", "x - c", "y / d"),
+        free={"b": (4, 9), "c": (2, 6), "d": (3, 6), "q": (4, 9)},
+        given={"a": "d * q + c - b"},
+    ),
+    Template(
+        "difference_of_packs",
+        "three_step",
+        "{name} has {a:container} with {b:item} in each. {pal} has {c:item}. Then {pal} gets {d} more. "
+        "How many more {items} does {name} have than {pal}?",
+        "{name} has {s1:item}. {pal} has {s2:item}. The difference is {s3:item}.",
+        steps=("a * b", "c + d", "x - y"),
+        free={"a": (4, 9), "b": (5, 10), "c": (3, 9), "d": (2, 8)},
+    ),
+)
+
+MULTI_STEP_TEMPLATES = TWO_STEPS + THREE_STEPS
