@@ -224,12 +224,12 @@ class _AnswerIsOver(StoppingCriteria):
         self._tokenizer = tokenizer
         self._prompt_tokens = prompt_tokens
 
-    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor, **kwargs: Any) -> torch.BoolTensor:
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> Any:
         # Decoding a batch of answers takes a few milliseconds, against a forward pass for every one of these calls.
         texts = self._tokenizer.batch_decode(input_ids[:, self._prompt_tokens :], skip_special_tokens=True)
         # No continuation changes what `cut_answer` returns once it has cut something off.
         over = [cut_answer(text) != text for text in texts]
-        return torch.tensor(over, dtype=torch.bool, device=input_ids.device)  # type: ignore[return-value]
+        return torch.tensor(over, dtype=torch.bool, device=input_ids.device)
 
 
 @contextmanager

@@ -76,8 +76,8 @@ def _report(result: QuickstartResult, console: Console) -> None:
     table.add_row("after", *_cells(result.after))
     console.print(table)
     console.print(
-        f"Rise: {100 * result.rise:+.1f} points (95 % interval {format_interval(result.rise_interval)}, paired), after "
-        f"{result.steps} steps.",
+        f"Rise: {100 * result.rise:+.1f} points (95 % interval {format_interval(result.rise_interval)}, paired), "
+        f"after {result.steps} steps.",
         highlight=False,
     )
     for sample in samples(result):

@@ -10,7 +10,7 @@ HELD_OUT_TEMPLATES = (
         "What is the number of birds on the fence at that moment?",
         "There were {a:bird} and {b} landed. Now there are {s1:bird}.",
         steps=("a + b",),
-        free={"a": (3, 40), "b": (3, 30)},
+        free={"a": (3, 11), "b": (3, 11)},
     ),
     Template(
         "water_leak",
@@ -19,7 +19,7 @@ HELD_OUT_TEMPLATES = (
         "What amount, in liters, remains?",
         "The tank had {a:liter} and lost {b}. That leaves {s1:liter}.",
         steps=("a - b",),
-        free={"b": (5, 60), "d": (4, 60)},
+        free={"b": (5, 13), "d": (4, 12)},
         given={"a": "b + d"},
     ),
     Template(
@@ -29,7 +29,7 @@ HELD_OUT_TEMPLATES = (
         "How many are still good in the morning?",
         "{name} hung up {a:balloon} and {b} burst. That leaves {s1:balloon}.",
         steps=("a - b",),
-        free={"b": (2, 20), "d": (2, 40)},
+        free={"b": (2, 10), "d": (2, 10)},
         given={"a": "b + d"},
     ),
     Template(
@@ -39,7 +39,7 @@ HELD_OUT_TEMPLATES = (
         "How many windows must be cleaned?",
         "There are {a:floor} with {b:window} each. In all that is {s1:window}.",
         steps=("a * b",),
-        free={"a": (3, 14), "b": (4, 18)},
+        free={"a": (3, 11), "b": (4, 12)},
     ),
     Template(
         "flower_pots",
@@ -47,7 +47,7 @@ HELD_OUT_TEMPLATES = (
         "A gardener called {name} spreads {a} bulbs evenly over {b:pot}. How many bulbs go into one pot?",
         "There are {a:bulb} for {b:pot}. Each pot gets {s1:bulb}.",
         steps=("a / b",),
-        free={"b": (3, 12), "q": (2, 12)},
+        free={"b": (3, 11), "q": (2, 10)},
         given={"a": "b * q"},
     ),
     Template(
@@ -57,7 +57,7 @@ HELD_OUT_TEMPLATES = (
         "By how many years is the oak older?",
         "The oak is {a} and the pine is {b}. The difference is {s1:year}.",
         steps=("a - b",),
-        free={"b": (10, 60), "d": (5, 60)},
+        free={"b": (10, 18), "d": (5, 13)},
         given={"a": "b + d"},
     ),
     Template(
@@ -67,7 +67,7 @@ HELD_OUT_TEMPLATES = (
         "on Saturday. How many visitors came on the two days?",
         "On Sunday there were {s1:visitor}. On both days there were {s2:visitor}.",
         steps=("a + b", "a + x"),
-        free={"a": (10, 50), "b": (3, 25)},
+        free={"a": (10, 18), "b": (3, 11)},
     ),
     Template(
         "circus_tickets",
@@ -76,7 +76,7 @@ HELD_OUT_TEMPLATES = (
         "What is the total price in dollars?",
         "There are {a:ticket} at {b:dollar} each. That is {s1:dollar}.",
         steps=("a * b",),
-        free={"a": (2, 12), "b": (4, 20)},
+        free={"a": (2, 10), "b": (4, 12)},
     ),
     Template(
         "lamp_budget",
@@ -85,7 +85,7 @@ HELD_OUT_TEMPLATES = (
         "What is left in {his} pocket, in dollars?",
         "{name} spends {s1:dollar}. That leaves {s2:dollar}.",
         steps=("b * c", "a - x"),
-        free={"b": (2, 8), "c": (2, 9), "d": (3, 30)},
+        free={"b": (2, 8), "c": (2, 9), "d": (3, 11)},
         given={"a": "b * c + d"},
     ),
     Template(
@@ -95,7 +95,7 @@ HELD_OUT_TEMPLATES = (
         "How many loaves come out of the oven per hour?",
         "The bakery makes {a:loaf} in {b:hour}. In one hour it makes {s1:loaf}.",
         steps=("a / b",),
-        free={"b": (2, 9), "q": (4, 25)},
+        free={"b": (2, 9), "q": (4, 12)},
         given={"a": "b * q"},
     ),
     Template(
@@ -104,7 +104,7 @@ HELD_OUT_TEMPLATES = (
         "A farmer named {name} keeps {a} animals, and {p}% of these are cows. How many cows does the farmer keep?",
         "{p}% of {a} animals is {s1:cow}.",
         steps=("a * p / 100",),
-        free={"a": (20, 300, 10), "p": (10, 90, 10)},
+        free={"a": (20, 100, 10), "p": (10, 90, 10)},
     ),
     Template(
         "sale_bike",
@@ -113,7 +113,7 @@ HELD_OUT_TEMPLATES = (
         "What is the sale price in dollars?",
         "{p}% of {a} is {s1:dollar}. The sale price is {s2:dollar}.",
         steps=("a * p / 100", "a - x"),
-        free={"a": (50, 300, 10), "p": (10, 60, 10)},
+        free={"a": (50, 130, 10), "p": (10, 60, 10)},
     ),
     Template(
         "ferry",
@@ -141,7 +141,7 @@ HELD_OUT_TEMPLATES = (
         "What is the mean of the two, in degrees?",
         "The sum is {s1:degree}. The average is {s2:degree}.",
         steps=("a + b", "x / 2"),
-        free={"m": (8, 30), "d": (1, 7)},
+        free={"m": (8, 16), "d": (1, 7)},
         given={"a": "m + d", "b": "m - d"},
     ),
     Template(
@@ -151,7 +151,7 @@ HELD_OUT_TEMPLATES = (
         "How many shirts are in one of these loads?",
         "There are {s1:shirt} still to wash. Each of {c} loads has {s2:shirt}.",
         steps=("a - b", "x / c"),
-        free={"b": (4, 20), "c": (2, 8), "q": (2, 9)},
+        free={"b": (4, 12), "c": (2, 8), "q": (2, 9)},
         given={"a": "c * q + b"},
     ),
     Template(
@@ -161,7 +161,7 @@ HELD_OUT_TEMPLATES = (
         "Each gives {c:point}. What is the score?",
         "In all {name} beats {s1:monster}. At {c:point} each, that is {s2:point}.",
         steps=("a + b", "x * c"),
-        free={"a": (2, 12), "b": (2, 12), "c": (3, 9)},
+        free={"a": (2, 10), "b": (2, 10), "c": (3, 9)},
     ),
     Template(
         "fish_pond",
@@ -170,7 +170,7 @@ HELD_OUT_TEMPLATES = (
         "How many goldfish swim in the pond today?",
         "After the heron there were {s1} goldfish. With the {c} new ones, there are {s2} goldfish.",
         steps=("a - b", "x + c"),
-        free={"b": (2, 12), "d": (3, 25), "c": (2, 20)},
+        free={"b": (2, 10), "d": (3, 11), "c": (2, 10)},
         given={"a": "b + d"},
     ),
     Template(
@@ -189,6 +189,6 @@ HELD_OUT_TEMPLATES = (
         "The lemons cost {him} ${d}. What sum of dollars remains?",
         "The lemonade brings {s1:dollar}. With the find, that is {s2:dollar}. After the lemons, {s3:dollar} are left.",
         steps=("a * b", "x + c", "y - d"),
-        free={"a": (6, 15), "b": (2, 5), "c": (2, 9), "d": (3, 10)},
+        free={"a": (6, 14), "b": (2, 5), "c": (2, 9), "d": (3, 10)},
     ),
 )

@@ -10,7 +10,7 @@ TWO_STEPS = (
         "How many {items} does {name} have now?",
         "After giving {b} away, {name} had {s1:item}. After finding {c} more, {name} has {s2:item}.",
         steps=("a - b", "x + c"),
-        free={"b": (2, 20), "d": (2, 30), "c": (2, 30)},
+        free={"b": (2, 10), "d": (2, 10), "c": (2, 10)},
         given={"a": "b + d"},
     ),
     Template(
@@ -20,7 +20,7 @@ TWO_STEPS = (
         "How many {items} does {he} have now?",
         "{name} buys {s1:item}. With the {c} from before, {name} has {s2:item}.",
         steps=("a * b", "x + c"),
-        free={"a": (2, 9), "b": (3, 12), "c": (2, 30)},
+        free={"a": (2, 9), "b": (3, 11), "c": (2, 10)},
     ),
     Template(
         "packed_and_eaten",
@@ -37,7 +37,7 @@ TWO_STEPS = (
         "How many {items} does each friend get?",
         "{name} shares {s1:item}. Each of {c} friends gets {s2:item}.",
         steps=("a - b", "x / c"),
-        free={"b": (2, 20), "c": (2, 9), "q": (2, 10)},
+        free={"b": (2, 10), "c": (2, 9), "q": (2, 10)},
         given={"a": "c * q + b"},
     ),
     Template(
@@ -56,7 +56,7 @@ TWO_STEPS = (
         "For a party in the class of {name}, {a:girl} and {b:boy} each bring {c:food}. How many {foods} are there?",
         "There are {s1:child}. Each brings {c}, so there are {s2:food}.",
         steps=("a + b", "x * c"),
-        free={"a": (2, 12), "b": (2, 12), "c": (2, 6)},
+        free={"a": (2, 10), "b": (2, 10), "c": (2, 6)},
     ),
     Template(
         "sold_all_but",
@@ -64,7 +64,7 @@ TWO_STEPS = (
         "{name} had {a:thing} to sell. {He} sold all but {b} of them at ${c} each. How many dollars did {he} earn?",
         "{name} sold {s1:thing}. At {c:dollar} each, that is {s2:dollar}.",
         steps=("a - b", "x * c"),
-        free={"b": (2, 9), "d": (3, 12), "c": (2, 9)},
+        free={"b": (2, 9), "d": (3, 11), "c": (2, 9)},
         given={"a": "b + d"},
     ),
     Template(
@@ -82,7 +82,7 @@ TWO_STEPS = (
         "How many dollars does {he} have left?",
         "{name} earned {s1:dollar}. After spending {c}, {name} has {s2:dollar} left.",
         steps=("a + b", "x - c"),
-        free={"a": (10, 40), "b": (5, 30), "c": (3, 14)},
+        free={"a": (10, 18), "b": (5, 13), "c": (3, 11)},
     ),
     Template(
         "two_used_on_two_days",
@@ -90,7 +90,7 @@ TWO_STEPS = (
         "A school has {a:notebook}. The class of {name} uses {b} in May and {c} in June. How many notebooks are left?",
         "After May there were {s1:notebook}. After June there were {s2:notebook} left.",
         steps=("a - b", "x - c"),
-        free={"b": (2, 25), "c": (2, 25), "d": (2, 30)},
+        free={"b": (2, 10), "c": (2, 10), "d": (2, 10)},
         given={"a": "b + c + d"},
     ),
     Template(
@@ -99,7 +99,7 @@ TWO_STEPS = (
         "{name} has {a:item}. {pal} has {b} more than {name}. How many {items} do they have together?",
         "{pal} has {s1:item}. Together they have {s2:item}.",
         steps=("a + b", "a + x"),
-        free={"a": (3, 25), "b": (2, 20)},
+        free={"a": (3, 11), "b": (2, 10)},
     ),
     Template(
         "times_together",
@@ -107,7 +107,7 @@ TWO_STEPS = (
         "{name} scores {a:point} in a game. {pal} scores {b} times as many. How many points do they score together?",
         "{pal} scores {s1:point}. Together they score {s2:point}.",
         steps=("b * a", "a + x"),
-        free={"a": (3, 15), "b": (2, 6)},
+        free={"a": (3, 11), "b": (2, 6)},
     ),
     Template(
         "change_from_many",
@@ -115,7 +115,7 @@ TWO_STEPS = (
         "{name} buys {a:thing} at ${b} each and pays with ${c}. How many dollars does {he} get back?",
         "{name} spends {s1:dollar}. {name} gets back {s2:dollar}.",
         steps=("a * b", "c - x"),
-        free={"a": (2, 9), "b": (2, 9), "d": (2, 30)},
+        free={"a": (2, 9), "b": (2, 9), "d": (2, 10)},
         given={"c": "a * b + d"},
     ),
     Template(
@@ -125,7 +125,7 @@ TWO_STEPS = (
         "How many postcards does {he} buy?",
         "After the {toy}, {name} has {s1:dollar}. At {c:dollar} each, {name} buys {s2:postcard}.",
         steps=("a - b", "x / c"),
-        free={"b": (5, 20), "c": (2, 5), "q": (2, 9)},
+        free={"b": (5, 13), "c": (2, 5), "q": (2, 9)},
         given={"a": "c * q + b"},
     ),
     Template(
@@ -144,7 +144,7 @@ TWO_STEPS = (
         "How many kilometers is that in all?",
         "By bike {name} goes {s1:kilometer}. With the walk, that is {s2:kilometer}.",
         steps=("a * b", "x + c"),
-        free={"a": (8, 25), "b": (2, 6), "c": (2, 9)},
+        free={"a": (8, 16), "b": (2, 6), "c": (2, 9)},
     ),
     Template(
         "discount",
@@ -152,7 +152,7 @@ TWO_STEPS = (
         "A coat costs ${a}. {name} gets it for {p}% less. How many dollars does {he} pay?",
         "{p}% of {a} is {s1:dollar}. {name} pays {s2:dollar}.",
         steps=("a * p / 100", "a - x"),
-        free={"a": (20, 200, 10), "p": (10, 60, 10)},
+        free={"a": (20, 100, 10), "p": (10, 60, 10)},
     ),
     Template(
         "growth",
@@ -160,7 +160,7 @@ TWO_STEPS = (
         "The sports club of {name} had {a:member}. This year it grew by {p}%. How many members does it have now?",
         "{p}% of {a} is {s1:member}. Now there are {s2:member}.",
         steps=("a * p / 100", "a + x"),
-        free={"a": (20, 200, 10), "p": (10, 60, 10)},
+        free={"a": (20, 100, 10), "p": (10, 60, 10)},
     ),
     Template(
         "percent_left",
@@ -168,7 +168,7 @@ TWO_STEPS = (
         "{name} has a book of {a:page} and reads {p}% of it. How many pages are left?",
         "{p}% of {a} is {s1:page}. That leaves {s2:page}.",
         steps=("a * p / 100", "a - x"),
-        free={"a": (50, 300, 10), "p": (10, 90, 10)},
+        free={"a": (50, 130, 10), "p": (10, 90, 10)},
     ),
     Template(
         "trip_minutes",
@@ -176,7 +176,7 @@ TWO_STEPS = (
         "The trip of {name} takes {a:hour} and {b:minute}. How many minutes is that?",
         "{a:hour} are {s1:minute}. With {b} more, that is {s2:minute}.",
         steps=("a * 60", "x + b"),
-        free={"a": (2, 9), "b": (5, 55, 5)},
+        free={"a": (2, 9), "b": (5, 45, 5)},
     ),
     Template(
         "weeks_and_days",
@@ -184,7 +184,7 @@ TWO_STEPS = (
         "{name} is on a journey for {a:week} and {b:day}. How many days is that?",
         "{a:week} are {s1:day}. With {b} more, that is {s2:day}.",
         steps=("a * 7", "x + b"),
-        free={"a": (2, 12), "b": (2, 6)},
+        free={"a": (2, 10), "b": (2, 6)},
     ),
     Template(
         "left_over",
@@ -202,7 +202,7 @@ TWO_STEPS = (
         "How many centimeters are left at the end?",
         "{q:piece} take {s1:centimeter}. That leaves {s2:centimeter}.",
         steps=("q * b", "a - x"),
-        free={"b": (6, 15), "q": (2, 9), "r": (1, 5)},
+        free={"b": (6, 14), "q": (2, 9), "r": (1, 5)},
         given={"a": "b * q + r"},
     ),
     Template(
@@ -221,7 +221,7 @@ TWO_STEPS = (
         "{name} scores {a:point} in one game and {b:point} in the next. What is the average score?",
         "The sum is {s1:point}. The average is {s2:point}.",
         steps=("a + b", "x / 2"),
-        free={"m": (10, 40), "d": (1, 8)},
+        free={"m": (10, 18), "d": (1, 8)},
         given={"a": "m + d", "b": "m - d"},
     ),
     Template(
@@ -231,7 +231,7 @@ TWO_STEPS = (
         "How many kilometers is that per day on average?",
         "The sum is {s1:kilometer}. The average is {s2:kilometer}.",
         steps=("a + b + c", "x / 3"),
-        free={"m": (8, 20), "d": (1, 3), "e": (1, 3)},
+        free={"m": (8, 16), "d": (1, 3), "e": (1, 3)},
         given={"a": "m + d", "b": "m + e", "c": "m - d - e"},
     ),
 )
@@ -252,7 +252,7 @@ THREE_STEPS = (
         "How many people are on the bus now?",
         "First there are {s1:person} left. Then there are {s2:person}. In the end there are {s3:person}.",
         steps=("a - b", "x + c", "y - d"),
-        free={"b": (2, 10), "c": (4, 12), "d": (2, 6), "e": (3, 20)},
+        free={"b": (2, 10), "c": (4, 12), "d": (2, 6), "e": (3, 11)},
         given={"a": "b + e"},
     ),
     Template(
@@ -262,7 +262,7 @@ THREE_STEPS = (
         "How many dollars does {he} have left?",
         "The work pays {s1:dollar}. With the tip, that is {s2:dollar}. After spending, {s3:dollar} are left.",
         steps=("a * b", "x + c", "y - d"),
-        free={"a": (2, 8), "b": (6, 12), "c": (2, 9), "d": (3, 12)},
+        free={"a": (2, 8), "b": (6, 12), "c": (2, 9), "d": (3, 11)},
     ),
     Template(
         "pick_eat_divide",

@@ -9,7 +9,7 @@ SUMS = (
         "{name} has {a:item}. {pal} gives {him} {b} more. How many {items} does {name} have now?",
         "{name} had {a:item} and got {b} more. Now {name} has {s1:item}.",
         steps=("a + b",),
-        free={"a": (2, 60), "b": (2, 40)},
+        free={"a": (2, 10), "b": (2, 10)},
     ),
     Template(
         "fruit_two_days",
@@ -17,7 +17,7 @@ SUMS = (
         "{name} picks {a:fruit} on Monday and {b:fruit} on Tuesday. How many {fruits} does {he} pick in all?",
         "{name} picked {a:fruit} and {b:fruit}. In all that is {s1:fruit}.",
         steps=("a + b",),
-        free={"a": (3, 70), "b": (3, 70)},
+        free={"a": (3, 11), "b": (3, 11)},
     ),
     Template(
         "club",
@@ -25,7 +25,7 @@ SUMS = (
         "There are {a:girl} and {b:boy} in the chess club of {name}. How many children are in the club?",
         "The club has {a:girl} and {b:boy}. Together that is {s1:child}.",
         steps=("a + b",),
-        free={"a": (4, 40), "b": (4, 40)},
+        free={"a": (4, 12), "b": (4, 12)},
     ),
     Template(
         "weekend_pages",
@@ -34,7 +34,7 @@ SUMS = (
         "How many pages does {he} read in the three days?",
         "{name} read {a}, {b} and {c} pages. In all that is {s1:page}.",
         steps=("a + b + c",),
-        free={"a": (5, 30), "b": (5, 30), "c": (5, 30)},
+        free={"a": (5, 13), "b": (5, 13), "c": (5, 13)},
     ),
     Template(
         "garden_plants",
@@ -42,7 +42,7 @@ SUMS = (
         "The garden of {name} has {a:plant}. {name} plants {b} more today. How many {plants} are in the garden now?",
         "The garden had {a:plant} and {b} more were planted. Now there are {s1:plant}.",
         steps=("a + b",),
-        free={"a": (4, 50), "b": (3, 30)},
+        free={"a": (4, 12), "b": (3, 11)},
     ),
     Template(
         "give_away",
@@ -50,7 +50,7 @@ SUMS = (
         "{name} has {a:item}. {He} gives {b} of them to {pal}. How many {items} does {name} have left?",
         "{name} had {a:item} and gave away {b}. {name} has {s1:item} left.",
         steps=("a - b",),
-        free={"b": (2, 40), "d": (1, 40)},
+        free={"b": (2, 10), "d": (1, 9)},
         given={"a": "b + d"},
     ),
     Template(
@@ -59,7 +59,7 @@ SUMS = (
         "{name} bakes {a:food}. {His} family eats {b} of them. How many {foods} are left?",
         "{name} baked {a:food} and {b} were eaten. That leaves {s1:food}.",
         steps=("a - b",),
-        free={"b": (2, 25), "d": (1, 25)},
+        free={"b": (2, 10), "d": (1, 9)},
         given={"a": "b + d"},
     ),
     Template(
@@ -69,7 +69,7 @@ SUMS = (
         "How many {items} did {name} have at first?",
         "{name} has {a:item} now and {b} were a gift. At first {name} had {s1:item}.",
         steps=("a - b",),
-        free={"b": (2, 30), "d": (2, 40)},
+        free={"b": (2, 10), "d": (2, 10)},
         given={"a": "b + d"},
     ),
     Template(
@@ -78,7 +78,7 @@ SUMS = (
         "{name} wants to collect {a:item}. So far {he} has {b}. How many more {items} does {he} need?",
         "{name} wants {a:item} and has {b}. {name} needs {s1} more.",
         steps=("a - b",),
-        free={"b": (5, 50), "d": (3, 40)},
+        free={"b": (5, 13), "d": (3, 11)},
         given={"a": "b + d"},
     ),
     Template(
@@ -87,7 +87,7 @@ SUMS = (
         "A shop had {a:toy} on Monday. By Friday it had sold {b} of them. How many {toys} were still in the shop?",
         "The shop had {a:toy} and sold {b}. There were {s1:toy} still in the shop.",
         steps=("a - b",),
-        free={"b": (5, 60), "d": (2, 40)},
+        free={"b": (5, 13), "d": (2, 10)},
         given={"a": "b + d"},
     ),
     Template(
@@ -97,7 +97,7 @@ SUMS = (
         "How many people stay on the bus?",
         "The bus had {a:person} and {b} got off. That leaves {s1:person}.",
         steps=("a - b",),
-        free={"b": (2, 20), "d": (2, 30)},
+        free={"b": (2, 10), "d": (2, 10)},
         given={"a": "b + d"},
     ),
     Template(
@@ -106,7 +106,7 @@ SUMS = (
         "{name} has {a:item} and {pal} has {b:item}. How many more {items} does {name} have than {pal}?",
         "{name} has {a} and {pal} has {b}. The difference is {s1:item}.",
         steps=("a - b",),
-        free={"b": (2, 40), "d": (1, 30)},
+        free={"b": (2, 10), "d": (1, 9)},
         given={"a": "b + d"},
     ),
     Template(
@@ -115,7 +115,7 @@ SUMS = (
         "{name} found {a:item}. {pal} found {b} fewer than {name}. How many {items} did {pal} find?",
         "{name} found {a} and {pal} found {b} fewer. {pal} found {s1:item}.",
         steps=("a - b",),
-        free={"b": (2, 20), "d": (2, 40)},
+        free={"b": (2, 10), "d": (2, 10)},
         given={"a": "b + d"},
     ),
     Template(
@@ -125,7 +125,7 @@ SUMS = (
         "How many meters longer is the red rope than the blue rope?",
         "The red rope has {a:meter} and the blue rope has {b:meter}. The difference is {s1:meter}.",
         steps=("a - b",),
-        free={"b": (3, 40), "d": (2, 30)},
+        free={"b": (3, 11), "d": (2, 10)},
         given={"a": "b + d"},
     ),
 )
@@ -137,7 +137,7 @@ PRODUCTS = (
         "{name} has {a:container}. Each {container} holds {b:item}. How many {items} does {name} have in all?",
         "There are {a:container} with {b:item} each. In all that is {s1:item}.",
         steps=("a * b",),
-        free={"a": (2, 12), "b": (2, 12)},
+        free={"a": (2, 10), "b": (2, 10)},
     ),
     Template(
         "rows",
@@ -145,7 +145,7 @@ PRODUCTS = (
         "{name} plants {a:row} of {plants}. There are {b:plant} in each row. How many {plants} does {he} plant?",
         "There are {a:row} with {b:plant} each. In all that is {s1:plant}.",
         steps=("a * b",),
-        free={"a": (2, 12), "b": (3, 15)},
+        free={"a": (2, 10), "b": (3, 11)},
     ),
     Template(
         "pages_per_day",
@@ -153,7 +153,7 @@ PRODUCTS = (
         "{name} reads {b:page} of a book every day. How many pages does {he} read in {a:day}?",
         "{name} reads {b:page} on each of {a:day}. That is {s1:page}.",
         steps=("a * b",),
-        free={"a": (2, 9), "b": (5, 20)},
+        free={"a": (2, 9), "b": (5, 13)},
     ),
     Template(
         "times_as_many",
@@ -161,7 +161,7 @@ PRODUCTS = (
         "{name} has {a:item}. {pal} has {b} times as many. How many {items} does {pal} have?",
         "{pal} has {b} times {a:item}. That is {s1:item}.",
         steps=("b * a",),
-        free={"a": (3, 20), "b": (3, 9)},
+        free={"a": (3, 11), "b": (3, 9)},
     ),
     Template(
         "parking",
@@ -170,7 +170,7 @@ PRODUCTS = (
         "How many cars can park there?",
         "There are {a:row} with room for {b:car} each. That is {s1:car}.",
         steps=("a * b",),
-        free={"a": (2, 9), "b": (6, 20)},
+        free={"a": (2, 9), "b": (6, 14)},
     ),
     Template(
         "batches",
@@ -178,7 +178,7 @@ PRODUCTS = (
         "{name} needs {b:egg} to bake one batch of {foods}. How many eggs does {he} need for {a} batches?",
         "{name} needs {b:egg} for each of {a} batches. That is {s1:egg}.",
         steps=("a * b",),
-        free={"a": (2, 12), "b": (2, 8)},
+        free={"a": (2, 10), "b": (2, 8)},
     ),
     Template(
         "share",
@@ -186,7 +186,7 @@ PRODUCTS = (
         "{name} shares {a:item} equally among {b} friends. How many {items} does each friend get?",
         "{name} shares {a:item} among {b} friends. Each friend gets {s1:item}.",
         steps=("a / b",),
-        free={"b": (2, 10), "q": (2, 12)},
+        free={"b": (2, 10), "q": (2, 10)},
         given={"a": "b * q"},
     ),
     Template(
@@ -195,7 +195,7 @@ PRODUCTS = (
         "{name} packs {a:food} into boxes. Each box holds {b:food}. How many boxes does {he} fill?",
         "{name} has {a:food} and each box holds {b}. {name} fills {s1:box}.",
         steps=("a / b",),
-        free={"b": (2, 12), "q": (2, 12)},
+        free={"b": (2, 10), "q": (2, 10)},
         given={"a": "b * q"},
     ),
     Template(
@@ -213,7 +213,7 @@ PRODUCTS = (
         "{name} cuts a rope of {a:meter} into {b} equal pieces. How many meters long is each piece?",
         "The rope has {a:meter} and is cut into {b} pieces. Each piece has {s1:meter}.",
         steps=("a / b",),
-        free={"b": (2, 9), "q": (2, 15)},
+        free={"b": (2, 9), "q": (2, 10)},
         given={"a": "b * q"},
     ),
     Template(
@@ -222,7 +222,7 @@ PRODUCTS = (
         "A book has {a:page}. {name} reads {b:page} each day. How many days does {he} need to finish the book?",
         "The book has {a:page} and {name} reads {b} each day. {name} needs {s1:day}.",
         steps=("a / b",),
-        free={"b": (5, 20), "q": (2, 12)},
+        free={"b": (5, 13), "q": (2, 10)},
         given={"a": "b * q"},
     ),
     Template(
@@ -231,7 +231,7 @@ PRODUCTS = (
         "{name} sets up {a:chair} in {b} equal rows. How many chairs are in each row?",
         "There are {a:chair} in {b} rows. Each row has {s1:chair}.",
         steps=("a / b",),
-        free={"b": (2, 12), "q": (3, 12)},
+        free={"b": (2, 10), "q": (3, 11)},
         given={"a": "b * q"},
     ),
 )
@@ -243,7 +243,7 @@ EVERYDAY = (
         "One {thing} costs ${b}. {name} buys {a:thing}. How many dollars does {he} pay?",
         "{name} buys {a:thing} for {b:dollar} each. That is {s1:dollar}.",
         steps=("a * b",),
-        free={"a": (2, 10), "b": (2, 15)},
+        free={"a": (2, 10), "b": (2, 10)},
     ),
     Template(
         "change",
@@ -251,7 +251,7 @@ EVERYDAY = (
         "{name} buys a {toy} for ${b} and pays with ${a}. How many dollars does {he} get back?",
         "{name} paid {a:dollar} and the {toy} cost {b:dollar}. {name} gets back {s1:dollar}.",
         steps=("a - b",),
-        free={"b": (3, 45), "d": (2, 40)},
+        free={"b": (3, 11), "d": (2, 10)},
         given={"a": "b + d"},
     ),
     Template(
@@ -260,7 +260,7 @@ EVERYDAY = (
         "{name} buys a {toy} for ${a} and a {thing} for ${b}. How many dollars does {he} spend in all?",
         "The {toy} cost {a:dollar} and the {thing} cost {b:dollar}. In all that is {s1:dollar}.",
         steps=("a + b",),
-        free={"a": (3, 50), "b": (3, 50)},
+        free={"a": (3, 11), "b": (3, 11)},
     ),
     Template(
         "savings",
@@ -268,7 +268,7 @@ EVERYDAY = (
         "{name} saves ${a} every week. How many dollars does {he} save in {b:week}?",
         "{name} saves {a:dollar} in each of {b:week}. That is {s1:dollar}.",
         steps=("a * b",),
-        free={"a": (3, 20), "b": (2, 12)},
+        free={"a": (3, 11), "b": (2, 10)},
     ),
     Template(
         "unit_price",
@@ -276,7 +276,7 @@ EVERYDAY = (
         "{name} pays ${a} for {b:thing}. They all cost the same. How many dollars does one {thing} cost?",
         "{name} paid {a:dollar} for {b:thing}. One {thing} costs {s1:dollar}.",
         steps=("a / b",),
-        free={"b": (2, 10), "q": (2, 15)},
+        free={"b": (2, 10), "q": (2, 10)},
         given={"a": "b * q"},
     ),
     Template(
@@ -285,7 +285,7 @@ EVERYDAY = (
         "{name} takes a train that goes {a:kilometer} every hour. How many kilometers does it go in {b:hour}?",
         "The train goes {a:kilometer} in each of {b:hour}. That is {s1:kilometer}.",
         steps=("a * b",),
-        free={"a": (20, 90, 5), "b": (2, 6)},
+        free={"a": (20, 60, 5), "b": (2, 6)},
     ),
     Template(
         "machine",
@@ -294,7 +294,7 @@ EVERYDAY = (
         "How many {toys} does it make in one hour?",
         "The machine makes {a:toy} in {b:hour}. In one hour it makes {s1:toy}.",
         steps=("a / b",),
-        free={"b": (2, 9), "q": (3, 20)},
+        free={"b": (2, 9), "q": (3, 11)},
         given={"a": "b * q"},
     ),
     Template(
@@ -304,7 +304,7 @@ EVERYDAY = (
         "How many minutes does it take?",
         "The tank holds {a:liter} and the tap gives {b} each minute. It takes {s1:minute}.",
         steps=("a / b",),
-        free={"b": (3, 12), "q": (3, 15)},
+        free={"b": (3, 11), "q": (3, 11)},
         given={"a": "b * q"},
     ),
     Template(
@@ -313,7 +313,7 @@ EVERYDAY = (
         "There are {a:student} in the school of {name}. Of these, {p}% play chess. How many students play chess?",
         "{p}% of {a:student} is {s1:student}.",
         steps=("a * p / 100",),
-        free={"a": (20, 300, 10), "p": (10, 90, 10)},
+        free={"a": (20, 100, 10), "p": (10, 90, 10)},
     ),
     Template(
         "film_end",
@@ -330,7 +330,7 @@ EVERYDAY = (
         "{name} is {a:year} old and {his} teacher is {c:year} older. How old is the teacher?",
         "{name} is {a} and the teacher is {c:year} older. The teacher is {s1:year} old.",
         steps=("a + c",),
-        free={"a": (6, 14), "c": (14, 45)},
+        free={"a": (6, 14), "c": (14, 22)},
     ),
     Template(
         "practice",
@@ -338,7 +338,7 @@ EVERYDAY = (
         "{name} practices the piano for {a:minute} every day. How many minutes does {he} practice in {b:day}?",
         "{name} practices {a:minute} on each of {b:day}. That is {s1:minute}.",
         steps=("a * b",),
-        free={"a": (10, 60, 5), "b": (2, 9)},
+        free={"a": (10, 50, 5), "b": (2, 9)},
     ),
 )
 

@@ -1,0 +1,226 @@
+"""Scoring of numeric question sets: what is read from a text, counts, intervals, early stopping, and `moa eval`."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import get_peft_model
+from tokenizers import decoders
+
+from moa_peft import MoAConfig
+from moa_peft.cli import main
+from moa_peft.data import Example, load_examples
+from moa_peft.data.examples import Message
+from moa_peft.errors import UserError
+from moa_peft.evaluation import Score, cut_answer, numeric_references, predict, score_numeric
+from moa_peft.intervals import paired_difference, wilson_interval
+from tests.tiny import save_tiny, tiny_model, tiny_tokenizer, write_sums
+
+TOKENIZER = tiny_tokenizer()
+# Characters are joined without spaces, so that a text survives encoding and decoding.
+TOKENIZER.backend_tokenizer.decoder = decoders.Fuse()
+
+
+def question(text: str, reference: str | None = "3", answer: str | None = None) -> Example:
+    turns = (Message("user", text),) if answer is None else (Message("user", text), Message("assistant", answer))
+    return Example(messages=turns, reference=reference)
+
+
+class Scripted(torch.nn.Module):
+    """A model that answers every prompt with the next of some fixed texts, one character per step, without end."""
+
+    def __init__(self, texts: dict[int, str]):
+        super().__init__()
+        self.anchor = torch.nn.Parameter(torch.zeros(1))
+        self.generation_config = None
+        self.texts = texts
+        self.generated_tokens = 0
+
+    def generate(self, *, input_ids: Any, generation_config: Any, stopping_criteria: Any = (), **_: Any) -> Any:
+        wanted = [TOKENIZER(self.texts[int((row != TOKENIZER.pad_token_id).sum())])["input_ids"] for row in input_ids]
+        for position in range(generation_config.max_new_tokens):
+            column = [ids[position] if position < len(ids) else ids[-1] for ids in wanted]
+            input_ids = torch.cat([input_ids, torch.tensor(column)[:, None]], dim=1)
+            self.generated_tokens += 1
+            if any(criterion(input_ids, None).all() for criterion in stopping_criteria):
+                break
+        return input_ids
+
+
+def test_strict_and_flexible_stand_side_by_side() -> None:
+    stated = predict("q", 12.0, "There are 3 * 4 = 12. The answer is 12.")
+    assert (stated.strict, stated.flexible, stated.correct_strict, stated.correct_flexible) == (12, 12, True, True)
+    unstated = predict("q", 12.0, "3 * 4 = 12")
+    assert (unstated.strict, unstated.flexible) == (None, 12)
+    assert not unstated.correct_strict and unstated.correct_flexible
+    wrong = predict("q", 12.0, "The answer is 11. Or 12.")
+    assert (wrong.strict, wrong.correct_flexible) == (11, False)
+
+
+@pytest.mark.parametrize(
+    ("text", "kept"),
+    [
+        ("The answer is 3.\nThe answer is 9.", "The answer is 3."),
+        ("First 1.\n\nThen 2.\n\nThe answer is 3.\n\n7 more", "First 1.\n\nThen 2.\n\nThe answer is 3."),
+        ("It is 3.\n### Instruction:\nAnother 8?", "It is 3."),
+        ("### Response:\n5", ""),
+        ("2 + 1 = 3\n#### 3", "2 + 1 = 3\n#### 3"),
+        ("The answer is:\n\n**3**\nmore", "The answer is:\n\n**3**"),
+        ("no end 3", "no end 3"),
+    ],
+)
+def test_a_text_is_cut_where_the_answer_is_over(text: str, kept: str) -> None:
+    assert cut_answer(text) == kept
+    if kept != text:
+        assert cut_answer(text + " and the answer is 99\n### x") == kept
+
+
+def test_counts_follow_the_predictions() -> None:
+    score = Score(
+        (
+            predict("a", 3.0, "The answer is 3."),
+            predict("b", 3.0, "maybe 3"),
+            predict("c", 3.0, "nothing"),
+            predict("d", 3.0, "The answer is 4."),
+        )
+    )
+    assert (score.num_items, score.correct_strict, score.correct_flexible) == (4, 1, 2)
+    assert (score.missing_strict, score.missing_flexible) == (2, 1)
+    assert score.accuracy_strict == 0.25
+    assert score.to_dict()["strict"]["interval_95"]["low"] == score.interval_strict.low
+
+
+def test_wilson_interval_by_its_formula() -> None:
+    z, k, n = 1.959963984540054, 7, 40
+    centre = (k + z * z / 2) / (n + z * z)
+    half = z / (n + z * z) * math.sqrt(k * (n - k) / n + z * z / 4)
+    interval = wilson_interval(k, n)
+    assert interval.low == pytest.approx(centre - half) and interval.high == pytest.approx(centre + half)
+
+
+def test_paired_difference_uses_the_pairs() -> None:
+    """The example of Newcombe's paper (pairs 36, 12, 2, 0): 0.20 with 0.0569 to 0.3404 (method 10)."""
+    first = [True] * 48 + [False] * 2
+    second = [True] * 36 + [False] * 12 + [True] * 2
+    difference, interval = paired_difference(second, first)
+    assert difference == pytest.approx(0.20)
+    assert (interval.low, interval.high) == (pytest.approx(0.0569, abs=1e-4), pytest.approx(0.3404, abs=1e-4))
+    agreeing, apart = [True] * 30 + [False] * 30, [False] * 30 + [True] * 30
+    _, narrow = paired_difference(agreeing, agreeing)
+    _, wide = paired_difference(agreeing, apart)
+    assert narrow.high - narrow.low < wide.high - wide.low
+
+
+def test_generation_ends_once_every_row_is_over() -> None:
+    examples = [question("1+2"), question("10+2", "12")]
+    lengths = [len(prompt) for prompt in _prompts(examples)]
+    texts = {lengths[0]: "The answer is 3.\nWhat next? " * 3, lengths[1]: "So\n\nThe answer is 12.\n" + "x" * 50}
+    model = Scripted(texts)
+    score = score_numeric(model, TOKENIZER, examples, template="alpaca", max_new_tokens=60)
+    assert [prediction.output for prediction in score.predictions] == [
+        "The answer is 3.",
+        "So\n\nThe answer is 12.",
+    ]
+    assert score.correct_strict == 2
+    assert model.generated_tokens == len("So\n\nThe answer is 12.\n")
+    assert "generate" not in vars(model)
+
+
+def test_stopping_early_changes_no_score() -> None:
+    torch.manual_seed(0)
+    model = get_peft_model(tiny_model(), MoAConfig.soft(rank=2, task_type="CAUSAL_LM"))
+    examples = [question(f"{a}+2", str(a + 2)) for a in range(5)]
+    together = score_numeric(model, TOKENIZER, examples, template="alpaca", max_new_tokens=12, batch_size=5)
+    assert [p.question for p in together.predictions] == [e.question for e in examples]
+    assert all(prediction.output for prediction in together.predictions)
+    assert "generate" not in vars(model)
+
+
+def test_references_come_from_the_row_or_its_answer() -> None:
+    assert numeric_references([question("q", "1,200"), question("q", None, "The answer is 7.")]) == [1200.0, 7.0]
+    with pytest.raises(UserError, match="no number"):
+        numeric_references([question("q", "blue")])
+    with pytest.raises(UserError, match="no questions"):
+        numeric_references([])
+
+
+def _prompts(examples: list[Example]) -> list[list[int]]:
+    from moa_peft.data import render_prompt
+
+    return [render_prompt(example, TOKENIZER, template="alpaca") for example in examples]
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("files")
+    save_tiny(folder / "base")
+    write_sums(folder / "sums.json", rows=6)
+    (folder / "other").mkdir()
+    write_sums(folder / "other" / "sums.json", rows=3)
+    from transformers import AutoModelForCausalLM
+
+    base: Any = AutoModelForCausalLM.from_pretrained(folder / "base")
+    get_peft_model(base, MoAConfig.sparse(rank=2, task_type="CAUSAL_LM")).save_pretrained(str(folder / "adapter"))
+    return folder
+
+
+def test_eval_writes_results_and_predictions(files: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "deep" / "results"
+    words = ["--data", str(files / "sums.json"), "--data", str(files / "other" / "sums.json")]
+    settings = ["--output", str(out), "--max-new-tokens", "4", "--limit", "5"]
+    assert main(["eval", str(files / "adapter"), *words, *settings]) == 0
+    shown = capsys.readouterr().out
+    name = f"{files.name}-sums"
+    assert name[:12] in shown and "other-sums" in shown
+    results = json.loads((out / "results.json").read_text())
+    assert results["scores"][name]["num_items"] == 5 and results["scores"]["other-sums"]["num_items"] == 3
+    assert results["settings"]["template"] == "alpaca" and results["settings"]["kind"] == "adapter"
+    assert results["versions"]["torch"] == torch.__version__
+    lines = (out / f"{name}.predictions.jsonl").read_text().splitlines()
+    examples = load_examples(files / "sums.json")
+    assert [json.loads(line)["question"] for line in lines] == [example.question for example in examples[:5]]
+    assert sorted(file.name for file in out.parent.iterdir()) == ["results"]
+    again = ["eval", str(files / "base"), *words[:2], *settings]
+    assert main(again) == 2
+    assert "--overwrite" in capsys.readouterr().err
+    assert json.loads((out / "results.json").read_text()) == results
+    assert main([*again, "--overwrite"]) == 0
+    assert sorted(file.name for file in out.iterdir()) == ["results.json", "sums.predictions.jsonl"]
+    assert json.loads((out / "results.json").read_text())["settings"]["kind"] == "base model"
+
+
+@pytest.mark.parametrize(
+    ("words", "named"),
+    [
+        (["--data", "missing.json"], "missing.json"),
+        ([], "data"),
+        (["--data", "{files}/sums.json", "--template", "alpacca"], "--template"),
+        (["--data", "{files}/sums.json", "--dtype", "int7"], "--dtype"),
+        (["--data", "{files}/sums.json", "--batch-size", "0"], "--batch-size"),
+        (["--data", "{files}/sums.json", "--max-new-tokens", "0"], "--max-new-tokens"),
+        (["--data", "{files}/sums.json", "--limit", "0"], "limit"),
+        (["--data", "{files}/sums.json", "--base", "x"], "--base"),
+        (["--data", "{files}/sums.json", "--data", "{files}/sums.json"], "twice|both be called"),
+        (["--data", "{files}/sums.json", "--output", "{files}/sums.json"], "is a file"),
+        (["--data", "{files}/sums.json", "--output", "{files}", "--overwrite"], "more than results"),
+        (["--data", "{files}/words.json"], "no number"),
+    ],
+)
+def test_eval_refuses(files: Path, capsys: pytest.CaptureFixture[str], words: list[str], named: str) -> None:
+    (files / "words.json").write_text(json.dumps([{"instruction": "colour?", "input": "", "output": "blue"}]))
+    before = sorted(files.rglob("*"))
+    assert main(["eval", str(files / "base"), *(word.replace("{files}", str(files)) for word in words)]) == 2
+    shown = capsys.readouterr()
+    assert any(part in shown.err for part in named.split("|")), shown.err
+    assert "Traceback" not in shown.err
+    assert sorted(files.rglob("*")) == before
+
+
+def test_eval_refuses_what_is_no_model(files: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["eval", str(files / "nowhere"), "--data", str(files / "sums.json")]) == 2
+    assert "nowhere" in capsys.readouterr().err
