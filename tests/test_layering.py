@@ -13,6 +13,8 @@ LEVELS = [
     {
         "plan",
         "layer",
+        "adapter_names",
+        "quantized_base",
         "block",
         "tuner",
         "registration",

@@ -94,7 +94,7 @@ def test_recipe(path: Path, tmp_path: Path) -> None:
         assert recipe.data.loss_on == ("all" if is_hf else "answer")
         assert arguments.learning_rate == (1e-4 if is_hf else 7.5e-4)
     else:
-        assert batch == 16 and has_validation and arguments.load_best_model_at_end
+        assert batch == 8 and has_validation and arguments.load_best_model_at_end
 
 
 @pytest.mark.parametrize("name", COUNTS)

@@ -162,11 +162,11 @@ class TestRefusals:
         with pytest.raises(UserError, match="no routing"):
             model(input_ids=ids[:, :1], past_key_values=cache)
 
-    def test_a_four_dimensional_mask(self):
+    def test_a_mask_that_does_not_tell_padding(self):
         model = sequence_model()
         ids = tiny_batch()["input_ids"]
-        with pytest.raises(UserError, match="two-dimensional"):
-            plan_pooling(model, {"input_ids": ids, "attention_mask": torch.ones(3, 1, 9, 9)})
+        with pytest.raises(UserError, match="two or four dimensions"):
+            plan_pooling(model, {"input_ids": ids, "attention_mask": torch.ones(3, 9, 9)})
 
     def test_a_family_that_cannot(self):
         with pytest.raises(UserError, match="'token'"):

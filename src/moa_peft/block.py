@@ -34,8 +34,22 @@ def routed_class(block_class: type[nn.Module]) -> type[nn.Module]:
             layer.finish()
         return output
 
-    names = {"forward": functools.wraps(block_class.forward)(forward), "__module__": block_class.__module__}
+    def reduce(self: nn.Module, protocol: Any) -> tuple[Any, ...]:
+        # The class stands under its name in no module, so pickle and copy find it through the class it routes for.
+        _, _, *state = block_class.__reduce_ex__(self, protocol)
+        return (_new_routed, (block_class,), *state)
+
+    names = {
+        "forward": functools.wraps(block_class.forward)(forward),
+        "__reduce_ex__": reduce,
+        "__module__": block_class.__module__,
+    }
     return type(block_class.__name__, (block_class,), names)
+
+
+def _new_routed(block_class: type[nn.Module]) -> nn.Module:
+    routed = routed_class(block_class)
+    return routed.__new__(routed)
 
 
 def install(block: nn.Module, layer: MoALayer) -> None:

@@ -101,11 +101,12 @@ class MoALayer(nn.Module, BaseTunerLayer):
         base = [p for p in base_layer.parameters() if id(p) not in own]
         floating = [p for p in base if p.is_floating_point()]
         linears = [m for m in base_layer.modules() if hasattr(m, "compute_dtype")]
-        if linears:
-            return base[0].device, linears[0].compute_dtype  # type: ignore[return-value]
         # The widest parameter stands for the block; norms are sometimes kept in another dtype.
         first = max(floating or base, key=lambda p: p.numel(), default=None)
-        return (None, None) if first is None else (first.device, first.dtype)
+        if first is None:
+            return None, None
+        device = _execution_device(base_layer) if first.is_meta else None
+        return device or first.device, linears[0].compute_dtype if linears else first.dtype  # type: ignore[return-value]
 
     def _freeze_non_trainable_peft_weights(self, adapter_names: Any = None) -> None:
         # PEFT calls this after whatever may have made all adapter weights trainable.
@@ -252,6 +253,15 @@ class MoALayer(nn.Module, BaseTunerLayer):
     def cache(self) -> Any:
         """Key-value cache of the running call, or None."""
         return self._cache
+
+
+def _execution_device(block: nn.Module) -> torch.device | None:
+    """Where accelerate runs a block whose weights it keeps elsewhere, on the meta device between two forwards."""
+    for module in block.modules():
+        device = getattr(getattr(module, "_hf_hook", None), "execution_device", None)
+        if device is not None:
+            return torch.device(device)
+    return None
 
 
 MERGE_MESSAGE = (

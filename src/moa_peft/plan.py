@@ -45,10 +45,12 @@ class Plan:
     Attributes:
         architecture: what the blocks call their parts.
         blocks: full name of a block to its slots, in routing order.
+        excluded: full names of the blocks and sites that `exclude_modules` took out.
     """
 
     architecture: Architecture
     blocks: Mapping[str, tuple[Slot, ...]]
+    excluded: frozenset[str] = frozenset()
 
 
 def make_plan(config: MoAConfig, model: nn.Module) -> Plan:
@@ -67,6 +69,7 @@ def make_plan(config: MoAConfig, model: nn.Module) -> Plan:
     sites = _SiteFinder(config, architecture, model)
     found: dict[int, int] = Counter()
     plan: dict[str, tuple[Slot, ...]] = {}
+    excluded: set[str] = set()
     for index, (block_name, block) in enumerate(blocks.items()):
         drafts = []
         for entry, (expert_type, expert_options) in enumerate(zip(config.expert_types, options)):
@@ -75,8 +78,15 @@ def make_plan(config: MoAConfig, model: nn.Module) -> Plan:
                 continue
             slots = sites.slots(expert_type, expert_options, block_name, block)
             found[entry] += len(slots)
-            drafts += [slot for slot in slots if not sites.excluded(f"{block_name}.{slot.modules[1]}")]
-        if drafts and not sites.excluded(block_name):
+            for slot in slots:
+                site = f"{block_name}.{slot.modules[1]}"
+                if sites.excluded(site):
+                    excluded.add(site)
+                else:
+                    drafts.append(slot)
+        if sites.excluded(block_name):
+            excluded.add(block_name)
+        elif drafts:
             plan[block_name] = tuple(_numbered(_shared_roles(drafts)))
     _check_found(config, options, found, sites, model)
     if not plan:
@@ -84,7 +94,7 @@ def make_plan(config: MoAConfig, model: nn.Module) -> Plan:
             "No module is left to adapt: exclude_modules and layers leave none of the experts a site. "
             f"exclude_modules={config.exclude_modules!r}."
         )
-    return Plan(architecture, plan)
+    return Plan(architecture, plan, frozenset(excluded))
 
 
 def find_blocks(config: MoAConfig, model: nn.Module) -> tuple[Architecture, dict[str, nn.Module]]:

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 from transformers import Cache
 
@@ -74,19 +75,26 @@ def prompt_mask(labels: torch.Tensor, attention_mask: torch.Tensor | None = None
     Returns:
         ``[B, T]`` bool.
     """
-    return _before_first_label(labels, _unmasked(attention_mask, labels.shape, labels.device), None)
+    unmasked = _unmasked(attention_mask, labels.shape, labels.device)
+    assert unmasked is not None
+    return _before_first_label(labels, unmasked, None)
 
 
-def _unmasked(attention_mask: torch.Tensor | None, shape: torch.Size, device: torch.device) -> torch.Tensor:
+def _unmasked(attention_mask: Any, shape: torch.Size, device: torch.device) -> torch.Tensor | None:
+    """``[B, T]`` bool, the tokens of this call that are no padding; None where the mask does not tell."""
+    if isinstance(attention_mask, dict):
+        # Generation with a static cache makes one mask per kind of layer; padding is the same in all.
+        attention_mask = next(iter(attention_mask.values()))
     if attention_mask is None:
         return torch.ones(shape, dtype=torch.bool, device=device)
-    if attention_mask.dim() != 2:
-        raise UserError(
-            f"granularity 'sequence' needs a two-dimensional attention_mask to tell padding; this one has the shape "
-            f"{tuple(attention_mask.shape)}. Pass {PROMPT_MASK}, a [batch, tokens] mask of the prompt, instead."
-        )
-    # While a cache is in use the mask covers the cached tokens too; those of this call are the last ones.
-    return attention_mask[:, -shape[1] :].bool()
+    if isinstance(attention_mask, torch.Tensor) and attention_mask.dim() == 2:
+        # While a cache is in use the mask covers the cached tokens too; those of this call are the last ones.
+        return attention_mask[:, -shape[1] :].bool()
+    if isinstance(attention_mask, torch.Tensor) and attention_mask.dim() == 4:
+        # [B, 1, T, keys], True or 0 where a token sees a key: padding is what does not even see itself.
+        own = attention_mask[:, 0, :, : shape[1]].diagonal(dim1=-2, dim2=-1).expand(shape)
+        return own if own.dtype == torch.bool else own == 0
+    return None
 
 
 def _before_first_label(labels: torch.Tensor, unmasked: torch.Tensor, segments: torch.Tensor | None) -> torch.Tensor:
@@ -101,14 +109,18 @@ def _before_first_label(labels: torch.Tensor, unmasked: torch.Tensor, segments: 
     return unmasked & (seen == 0)
 
 
-def _packed_segments(position_ids: torch.Tensor | None, shape: torch.Size) -> torch.Tensor | None:
+def _packed_segments(
+    position_ids: torch.Tensor | None, unmasked: torch.Tensor | None, shape: torch.Size
+) -> torch.Tensor | None:
     """Segment numbers where position ids start again within a row; None where every row is one sequence."""
     if position_ids is None or position_ids.dim() != 2 or position_ids.shape[1] != shape[1]:
         return None
     position_ids = position_ids.expand(shape)
-    restarts = torch.zeros(shape, dtype=torch.long, device=position_ids.device)
-    restarts[:, 1:] = (position_ids[:, 1:] <= position_ids[:, :-1]).long()
-    return restarts.cumsum(-1) if bool(restarts.any()) else None
+    restarts = position_ids[:, 1:] <= position_ids[:, :-1]
+    if unmasked is not None:
+        # The positions of padding mean nothing; generate gives it the same one throughout.
+        restarts = restarts & unmasked[:, 1:] & unmasked[:, :-1]
+    return F.pad(restarts.long(), (1, 0)).cumsum(-1) if bool(restarts.any()) else None
 
 
 def plan_pooling(model: nn.Module, arguments: dict[str, Any]) -> Pooling:
@@ -129,10 +141,16 @@ def plan_pooling(model: nn.Module, arguments: dict[str, Any]) -> Pooling:
     if cache is not None and int(cache.get_seq_length()) > 0:
         return Pooling(prompt=None)
     given, labels = arguments.get(PROMPT_MASK), arguments.get("labels")
-    segments = _packed_segments(arguments.get("position_ids"), shape)
+    unmasked = _unmasked(arguments.get("attention_mask"), shape, device)
+    segments = _packed_segments(arguments.get("position_ids"), unmasked, shape)
     if given is not None:
         return Pooling(given.bool(), segments)
-    unmasked = _unmasked(arguments.get("attention_mask"), shape, device)
+    if unmasked is None:
+        raise UserError(
+            "granularity 'sequence' needs an attention_mask of two or four dimensions to tell padding; this one is a "
+            f"{type(arguments['attention_mask']).__name__}. Pass {PROMPT_MASK}, a [batch, tokens] mask of the prompt, "
+            "instead."
+        )
     if labels is not None and labels.shape == shape:
         prompt = _before_first_label(labels, unmasked, segments)
         if not bool(prompt.any(-1).all()):

@@ -1,18 +1,22 @@
 """`MoAModel`: PEFT's tuner for mixtures of adapters."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
-from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _ExcludedModule
 from torch import nn
 
 from moa_peft import block as blocks
+from moa_peft.adapter_names import check_adapter_name
 from moa_peft.config import MoAConfig
 from moa_peft.errors import UserError
 from moa_peft.layer import MERGE_MESSAGE, MoALayer
 from moa_peft.plan import Plan, make_plan
 from moa_peft.pooling import add_pooling
 from moa_peft.prompt_attention import install_prompt_attention
+from moa_peft.quantized_base import keep_trainable
 from moa_peft.starting_weights import StartingWeights
 
 
@@ -44,8 +48,9 @@ class MoAModel(BaseTuner):
         # PEFT matches modules one at a time; the plan has decided for all of them, and a state dict adds nothing to
         # it.
         vars(self)["_plan"] = make_plan(config, model)
-        _check_adapter_name(adapter_name, self._plan)
+        check_adapter_name(adapter_name, model, config, self._plan)
         start = StartingWeights.read(config, self._plan) if config.init_from else None
+        keep_trainable(model, inference=config.inference_mode)
         super().inject_adapter(
             model,
             adapter_name,
@@ -63,8 +68,9 @@ class MoAModel(BaseTuner):
     def _prepare_adapter_config(self, peft_config: Any, model_config: dict[str, Any]) -> Any:
         return peft_config
 
-    def _check_target_module_exists(self, peft_config: Any, key: str) -> bool:  # type: ignore[override]
-        return key in self._plan.blocks
+    def _check_target_module_exists(self, peft_config: Any, key: str) -> Any:  # type: ignore[override]
+        # PEFT warns if exclude_modules is set and it is never told of an excluded module.
+        return _ExcludedModule() if key in self._plan.excluded else key in self._plan.blocks
 
     def _create_and_replace(
         self,
@@ -89,6 +95,20 @@ class MoAModel(BaseTuner):
 
     def _check_merge_allowed(self) -> None:
         raise NotImplementedError(MERGE_MESSAGE)
+
+    def add_weighted_adapter(self, *args: Any, **kwargs: Any) -> None:
+        """Not possible: the weights of a mixture depend on the token."""
+        raise NotImplementedError(MERGE_MESSAGE)
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        # PEFT enters this around forward and generate, and drops adapter_names itself: it would be ignored.
+        if kwargs.get("adapter_names") is not None:
+            raise UserError(
+                "adapter_names (another adapter for each row of a batch) is not supported by a mixture of adapters. "
+                "Run one batch per adapter, each after set_adapter(NAME)."
+            )
+        yield
 
     def _unload_and_optionally_merge(
         self,
@@ -138,22 +158,8 @@ def _check_other_tuners(model: nn.Module) -> None:
 
 
 def _check_tensor_parallel(model: nn.Module) -> None:
-    if getattr(model, "_tp_size", None) or getattr(model, "_tp_plan_applied", False):
+    if (getattr(model, "_tp_size", None) or 1) > 1:
         raise UserError(
             "The model was loaded with tensor parallelism (tp_plan), which a mixture of adapters does not support. "
             "Load it without tp_plan; data parallelism and FSDP work."
-        )
-
-
-def _check_adapter_name(adapter_name: str, plan: Plan) -> None:
-    """Refuse names that occur in tensor names: PEFT would drop tensors of other adapters when it saves."""
-    taken = {slot.name for slots in plan.blocks.values() for slot in slots}
-    taken |= {part for name in plan.blocks for part in name.split(".")}
-    taken |= {blocks.CHILD, *MoALayer.adapter_layer_names}
-    taken |= {"weight", "bias", "lora_A", "lora_B", "down", "up", "embedding", "gate", "head", "threshold", "linear"}
-    taken |= {"w1", "w2", "w3", "base_model", "model"}
-    if adapter_name in taken:
-        raise UserError(
-            f"adapter_name is {adapter_name!r}, which is also part of the names of this model's tensors; PEFT would "
-            "then drop tensors of other adapters when saving. Choose another name."
         )

@@ -1,0 +1,71 @@
+"""Which names adapters may have.
+
+PEFT tells the tensors of adapters apart by the components of their names: from the file of one adapter it leaves out
+every tensor with a component that is the name of another adapter. A name that is also the name of a module would
+therefore take tensors from other adapters' files, without a word.
+"""
+
+import torch
+from torch import nn
+
+from moa_peft.config import MoAConfig
+from moa_peft.errors import UserError
+from moa_peft.experts import EXPERTS
+from moa_peft.layer import MoALayer
+from moa_peft.plan import Plan
+from moa_peft.routers import ROUTERS
+
+# What PEFT wraps around the modules of modules_to_save and of trained tokens, and around the model itself.
+_WRAPPERS = {"base_model", "model", "base_layer", "modules_to_save", "original_module", "token_adapter"}
+_WRAPPERS |= {"trainable_tokens_delta", "trainable_tokens_original"}
+
+
+def check_adapter_name(adapter_name: str, model: nn.Module, config: MoAConfig, plan: Plan) -> None:
+    """Refuse a name by which PEFT could not tell this model's adapters apart.
+
+    Args:
+        adapter_name: name of the new adapter.
+        model: the model, with the adapters that it has.
+        config: configuration of the new adapter.
+        plan: experts of the new adapter.
+
+    Raises:
+        UserError: for a name that is taken, cannot name a module, or is part of a tensor's name; also if the name of
+            an adapter that the model has is part of the names of the new adapter's tensors.
+    """
+    if not adapter_name or "." in adapter_name or hasattr(nn.ModuleDict(), adapter_name):
+        raise UserError(
+            f"adapter_name is {adapter_name!r}, which torch cannot use as the name of a module: it must not be empty, "
+            "hold a dot, or be a method of torch.nn.ModuleDict (train, type, ...). Choose another name."
+        )
+    others = {name for m in model.modules() if isinstance(m, MoALayer) for name in m.mixtures}
+    if adapter_name in others:
+        raise UserError(
+            f"The model already has an adapter called {adapter_name!r}. Choose another name, or first remove that one "
+            f"with delete_adapter({adapter_name!r})."
+        )
+    added = _parts_of(config, plan)
+    present = {part for name, _ in model.named_parameters() for part in name.split(".")} - others
+    if adapter_name in added | present:
+        raise UserError(
+            f"adapter_name is {adapter_name!r}, which is also part of the names of this model's tensors; PEFT would "
+            "then drop tensors of other adapters when saving. Choose another name."
+        )
+    for other in sorted(others & added):
+        raise UserError(
+            f"The model has an adapter called {other!r}, which is also part of the names of the new adapter's "
+            f"tensors; PEFT would then drop them when saving {adapter_name!r}. Load the other one under another name."
+        )
+
+
+def _parts_of(config: MoAConfig, plan: Plan) -> set[str]:
+    """The components of the names of a new adapter's tensors, but for its own name."""
+    assert config.router is not None
+    names = {*plan.blocks, *MoALayer.adapter_layer_names, "moa"}
+    with torch.device("meta"):
+        router = ROUTERS[config.router["type"]](1, 1, config.router_options())
+        names |= {name for name, _ in router.named_parameters()}
+        for slot in {slot.name: slot for slots in plan.blocks.values() for slot in slots}.values():
+            expert = EXPERTS[slot.expert_type](slot.shape, slot.options)
+            names |= {slot.name, *(name for name, _ in expert.named_parameters())}
+    return _WRAPPERS | {part for name in names for part in name.split(".")}
