@@ -41,6 +41,9 @@ class Scripted(torch.nn.Module):
         self.texts = texts
         self.generated_tokens = 0
 
+    def get_output_embeddings(self) -> None:
+        return None
+
     def generate(self, *, input_ids: Any, generation_config: Any, stopping_criteria: Any = (), **_: Any) -> Any:
         wanted = [TOKENIZER(self.texts[int((row != TOKENIZER.pad_token_id).sum())])["input_ids"] for row in input_ids]
         for position in range(generation_config.max_new_tokens):

@@ -49,7 +49,7 @@ MAX_STEPS = 300
 
 _TEMPLATE = "alpaca"
 # The longest worked answer has about 60 tokens.
-_MAX_NEW_TOKENS = 100
+_MAX_NEW_TOKENS = 70
 _EVALUATION_BATCH = 64
 # Loading the adapter, and the text around the scoring.
 _FIXED_RESERVE_S = 15.0
@@ -268,7 +268,7 @@ def _recipe(settings: QuickstartSettings) -> TrainRecipe:
             # Two micro-batches: the scores over 262,144 words of all answers at once would need twice the memory.
             "per_device_train_batch_size": 8,
             "gradient_accumulation_steps": 2,
-            "learning_rate": 1e-3,
+            "learning_rate": 2e-3,
             "lr_scheduler_type": "linear",
             "max_grad_norm": 1.0,
             "save_strategy": "no",
