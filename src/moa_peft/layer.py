@@ -175,10 +175,11 @@ class MoALayer(nn.Module, BaseTunerLayer):
         """Raise if a prompt expert should have acted and did not, instead of training without it."""
         wanted = any(slot.expert_type == "prompt" for name in self._routings for slot in self.mixtures[name].slots)
         if wanted and not self._prompt_ran:
-            implementation = getattr(vars(self)["block"], "config", None)
+            attention = submodule(vars(self)["block"], self.architecture.attention)
+            implementation = getattr(getattr(attention, "config", None), "_attn_implementation", "unknown")
             raise RuntimeError(
                 "The prompt expert did not run: this model's attention implementation was registered after the "
-                f"adapter was added, or does not go through transformers' attention interface ({implementation}). "
+                f"adapter was added, or does not go through transformers' attention interface ({implementation!r}). "
                 "Set the attention implementation before adding the adapter, or use prompt=False."
             )
 

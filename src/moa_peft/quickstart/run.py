@@ -52,7 +52,7 @@ _TEMPLATE = "alpaca"
 _MAX_NEW_TOKENS = 70
 _EVALUATION_BATCH = 64
 # Loading the adapter, and the text around the scoring.
-_FIXED_RESERVE_S = 15.0
+_FIXED_RESERVE_S = 35.0
 # Scoring with the adapter, relative to scoring the base model: every step costs more, but answers end by themselves.
 _RESERVE_FACTOR = 1.2
 
