@@ -129,3 +129,22 @@ def test_ctrl_c_saves_a_checkpoint_and_exits_with_130(files: Path, tmp_path: Pat
     assert "--resume" in rest and "Traceback" not in rest
     assert json.loads((output / "run.json").read_text())["status"] == "interrupted"
     assert len(list((output / "checkpoints").glob("checkpoint-*"))) == 1
+
+
+def test_exec_registers_in_processes_that_the_program_starts(tmp_path: Path) -> None:
+    """accelerate's launcher, and with it `trl sft`, runs the training in a process of its own."""
+    child = "import sys; early = 'moa_peft' in sys.modules; import peft; "
+    child += "print(early, 'MOA' in peft.PeftType.__members__)"
+    script = tmp_path / "parent.py"
+    script.write_text(f"import subprocess, sys\nsubprocess.run([sys.executable, '-c', {child!r}], check=True)\n")
+    own = tmp_path / "own"
+    own.mkdir()
+    (own / "sitecustomize.py").write_text("print('the own sitecustomize ran')\n")
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(own), os.environ.get("PYTHONPATH", "")])}
+    result = subprocess.run(
+        [sys.executable, "-m", "moa_peft", "exec", "--", str(script)], env=environment, capture_output=True, text=True
+    )
+    assert result.returncode == 0, result.stderr
+    lines = result.stdout.splitlines()
+    assert lines[-1] == "False True"
+    assert lines.count("the own sitecustomize ran") == 2

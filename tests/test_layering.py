@@ -31,13 +31,14 @@ LEVELS = [
         "quickstart",
         "answers",
         "intervals",
+        "environment",
         "evaluation",
         "generation",
         "files",
         "base_models",
         "adapter_files",
     },
-    {"cli", "__main__"},
+    {"cli", "__main__", "child_processes"},
 ]
 ALLOWED_IN_L0 = {"torch", "moa_peft"}
 

@@ -36,8 +36,9 @@ def execute(
 
         moa exec -- my_script.py --flag
     """
-    import moa_peft  # noqa: F401 - the import registers the method
+    import moa_peft  # the import registers the method
 
+    _register_in_children(Path(moa_peft.__file__).parent / "child_processes")
     name, arguments = program[0], program[1:]
     if name in ("python", "python3", Path(sys.executable).name):
         if len(arguments) >= 2 and arguments[0] == "-m":
@@ -62,6 +63,12 @@ def execute(
     code = function()
     if code is not None:
         raise SystemExit(code)
+
+
+def _register_in_children(folder: Path) -> None:
+    """Processes that the program starts (accelerate's launcher does) register too; see the file in `folder`."""
+    before = os.environ.get("PYTHONPATH")
+    os.environ["PYTHONPATH"] = os.pathsep.join([str(folder), *([before] if before else [])])
 
 
 def _console_script(name: str) -> EntryPoint | None:
