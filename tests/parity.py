@@ -51,7 +51,11 @@ class Comparison:
 
 def load(path: Path) -> tuple[dict[str, str], dict[str, torch.Tensor]]:
     """Metadata and tensors of a reference file."""
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: there is no such file.")
     with safe_open(str(path), "pt") as file:
+        if "family" not in (file.metadata() or {}):
+            raise ValueError(f"{path}: no whole model (its metadata name no family); nothing to compare here.")
         return dict(file.metadata()), {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
 
 
@@ -110,7 +114,7 @@ def adapter_parameters(model: PeftModel, tensors: dict[str, torch.Tensor]) -> di
         layer = layers[int(index)].moa
         router = layer.moa_router["default"]
         if part == "router":
-            head, rest = router.head, rest if rest.startswith("w") else f"linear.{rest}"
+            head, rest = router.head, rest if rest[:3] in ("w1.", "w2.", "w3.") else f"linear.{rest}"
             found[name] = head.get_parameter(rest)
         elif part == "threshold":
             found[name] = router.threshold.get_parameter(rest)
@@ -201,7 +205,12 @@ def main(paths: list[str]) -> int:
     console = Console()
     failed = 0
     for path in paths:
-        comparisons = compare(Path(path))
+        try:
+            comparisons = compare(Path(path))
+        except (FileNotFoundError, ValueError) as error:
+            console.print(str(error), markup=False)
+            failed += 1
+            continue
         table = Table("quantity", "largest error", "of tolerance", "", title=path)
         for row in comparisons:
             table.add_row(row.quantity, f"{row.largest_error:.2e}", f"{row.of_tolerance:.1%}", row.note)

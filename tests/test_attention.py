@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 import torch
+from peft import PeftModel
 from transformers import AttentionInterface
 
 from moa_peft import MoAConfig, prompt_attention, record_routing
@@ -206,3 +207,12 @@ def test_what_the_prompt_expert_adds(family, monkeypatch):
     added = torch.einsum("bhtp,hpk->bthk", probabilities * expert.gate.detach(), value).flatten(2) * weight
     assert added.abs().max() > 1e-2
     torch.testing.assert_close(outputs[0] - outputs[1], added, atol=1e-5, rtol=1e-4)
+
+
+def test_prompt_states_of_a_model_loaded_in_inference_mode(tmp_path):
+    trained("llama").save_pretrained(tmp_path)
+    ids = tiny_batch()["input_ids"]
+    with torch.inference_mode():
+        model = PeftModel.from_pretrained(tiny_model("llama"), tmp_path).eval()
+        out = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=3, do_sample=False)
+    assert out.shape[1] > ids.shape[1]

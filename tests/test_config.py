@@ -181,6 +181,16 @@ def test_lora_preset_is_pefts_own():
         (lambda: MoAConfig(router={"type": "sigmoid", "max_treshold": 1}), "Did you mean 'max_threshold'"),
         (lambda: MoAConfig(router={"threshold": "none"}), "needs a 'type'"),
         (lambda: MoAConfig(moa_format=0), "moa_format is 0"),
+        (lambda: MoAConfig(moa_format=True), "moa_format is True"),
+        (lambda: MoAConfig(router="sigmoid"), "router is 'sigmoid'"),
+        (lambda: MoAConfig(router={"type": []}), "Known: sigmoid"),
+        (lambda: MoAConfig(experts=[{"type": ["lora"]}]), "Known: lora"),
+        (lambda: MoAConfig(experts=[{1: 2, "type": "lora", "target": "q"}]), "unknown option 1"),
+        (lambda: MoAConfig(target_modules=5), "target_modules is 5"),
+        (lambda: MoAConfig(exclude_modules=[5]), "exclude_modules is"),
+        (lambda: MoAConfig(exclude_modules="("), "no regular expression"),
+        (lambda: MoAConfig(architecture="llama"), "architecture is 'llama'"),
+        (lambda: MoAConfig.soft(alpha=float("inf")), "alpha is inf"),
         (lambda: MoAConfig(architecture={"blocks": "layers"}), "'attention' is required"),
     ],
 )
@@ -193,3 +203,20 @@ def test_methods_tell_their_knobs():
     assert set(METHODS) >= {"soft_moa", "sparse_moa", "lora"}
     assert METHODS["sparse_moa"].knobs["max_threshold"] == 0.5
     assert "config" not in METHODS["soft_moa"].knobs
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"modules_to_save": ["nope"]}, "modules_to_save names 'nope'"),
+        ({"trainable_token_indices": [96]}, "names token 96"),
+        ({"trainable_token_indices": "x"}, "a list of token ids"),
+    ],
+)
+def test_saved_modules_are_checked_before_the_model_is_changed(options: dict[str, object], words: str):
+    model = tiny_model("llama")
+    before = list(model.state_dict())
+    with pytest.raises(UserError, match=words):
+        get_peft_model(model, MoAConfig.soft(**options))
+    assert list(model.state_dict()) == before
+    get_peft_model(model, MoAConfig.soft(modules_to_save="lm_head"))

@@ -24,6 +24,7 @@ LEVELS = [
         "counting",
         "starting_weights",
         "meta_model",
+        "saved_modules",
     },
     {
         "training",

@@ -134,6 +134,20 @@ def test_prompt_mask_helper():
     ]
 
 
+def test_an_inactive_adapter_asks_nothing_of_the_caller():
+    model = sequence_model()
+    ids = tiny_batch()["input_ids"]
+    with model.disable_adapter():
+        model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False, **GREEDY)
+        model.train()
+        assert model(input_ids=ids).logits.shape[:2] == ids.shape
+    model.add_adapter("token", MoAConfig.soft(task_type="CAUSAL_LM"))
+    model.set_adapter("token")
+    assert model(input_ids=ids).logits.shape[:2] == ids.shape
+    model.delete_adapter("default")
+    assert model(input_ids=ids).logits.shape[:2] == ids.shape
+
+
 class TestRefusals:
     """Each says what to pass instead, and none computes something else silently."""
 

@@ -115,3 +115,28 @@ def test_warmup_in_epochs(tmp_path: Path) -> None:
     both = parse_recipe({**BASE, "warmup_epochs": 1, "warmup_steps": 5, "report_to": "none"})
     with pytest.raises(UserError, match="warmup_steps"):
         both.training_arguments(checkpoints=tmp_path, has_validation=False)
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("--learning_rate=-1", "learning_rate"),
+        ("--learning_rate=nan", "learning_rate"),
+        ("--per_device_train_batch_size=0", "per_device_train_batch_size"),
+        ("--gradient_accumulation_steps=0", "gradient_accumulation_steps"),
+        ("--weight_decay=-1", "weight_decay"),
+        ("--adam_beta2=2", "adam_beta2"),
+        ("--seed=-1", "seed"),
+        ("--num_train_epochs=-1", "num_train_epochs"),
+        ("--label_smoothing_factor=2", "label_smoothing_factor"),
+    ],
+)
+def test_trainer_options_out_of_range(override: str, words: str) -> None:
+    content = {"model": "m", "output_dir": "o", "data": "d.json"}
+    with pytest.raises(UserError, match=f"{words}: .* is not allowed"):
+        parse_recipe(content, overrides=[override])
+
+
+def test_an_unknown_key_without_a_near_one_names_the_help() -> None:
+    with pytest.raises(UserError, match="--help` lists the keys"):
+        parse_recipe({"model": "m", "output_dir": "o", "data": "d.json", "qqqqqq": 1})

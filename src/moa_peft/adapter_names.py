@@ -42,7 +42,7 @@ def check_adapter_name(adapter_name: str, model: nn.Module, config: MoAConfig, p
     if adapter_name in others:
         raise UserError(
             f"The model already has an adapter called {adapter_name!r}. Choose another name, or first remove that one "
-            f"with delete_adapter({adapter_name!r})."
+            f"with delete_adapter({adapter_name!r}), or take all adapters off with the wrapped model's unload()."
         )
     added = _parts_of(config, plan)
     present = {part for name, _ in model.named_parameters() for part in name.split(".")} - others

@@ -3,6 +3,7 @@
 The same keys are used in ``MoAConfig(...)``, in recipes and in ``adapter_config.json``.
 """
 
+import re
 import warnings
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
@@ -83,19 +84,38 @@ class MoAConfig(PeftConfig):
         super().__post_init__()
         self.peft_type = MOA
         _check_format(self.moa_format, self.moa_version)
+        self._check_types()
         check_choice("scope", self.scope, ("block",))
         check_choice("granularity", self.granularity, ("token", "sequence"))
         check_choice("router_input", self.router_input, ("normed", "residual"))
         check_choice("init", self.init, INITS)
-        if isinstance(self.target_modules, set):
-            self.target_modules = sorted(self.target_modules)
-        if isinstance(self.exclude_modules, set):
-            self.exclude_modules = sorted(self.exclude_modules)
         self._settle_experts()
         self.router = dict(self.router or {"type": "sigmoid"})
         self.router = {"type": self.router.get("type")} | asdict(self.router_options())
         if self.architecture is not None:
             self.described_architecture()
+
+    def _check_types(self) -> None:
+        for name in ("router", "architecture"):
+            value = getattr(self, name)
+            if value is not None and not isinstance(value, dict):
+                raise UserError(f"{name} is {value!r}; it must be a dictionary of its options.")
+        for name in ("target_modules", "exclude_modules", "modules_to_save"):
+            value = getattr(self, name)
+            if isinstance(value, set):
+                value = sorted(value)
+            if name == "modules_to_save" and isinstance(value, str):
+                value = [value]
+            is_names = isinstance(value, (list, tuple)) and all(isinstance(item, str) for item in value)
+            if value is not None and not isinstance(value, str) and not is_names:
+                raise UserError(f"{name} is {value!r}; it must be a list of module names, or one name or pattern.")
+            setattr(self, name, value)
+        if isinstance(self.exclude_modules, str):
+            try:
+                re.compile(self.exclude_modules)
+            except re.error as error:
+                problem = f"exclude_modules is {self.exclude_modules!r}, no regular expression: {error}."
+                raise UserError(problem) from None
 
     def _settle_experts(self) -> None:
         if self.target_modules is not None:
@@ -206,7 +226,7 @@ def _known() -> str:
 
 
 def _check_format(moa_format: Any, written_by: str) -> None:
-    if not isinstance(moa_format, int) or moa_format < 1:
+    if type(moa_format) is not int or moa_format < 1:
         raise UserError(f"moa_format is {moa_format!r}; it must be a positive integer.")
     if moa_format > MOA_FORMAT:
         raise UserError(

@@ -1,5 +1,6 @@
 """Reading a part's options from a plain dictionary, with errors that name what is allowed."""
 
+import math
 from dataclasses import MISSING, fields
 from difflib import get_close_matches
 from typing import Any, TypeVar
@@ -23,7 +24,7 @@ def build_options(options_class: type[C], values: dict[str, Any], *, where: str)
     known = {field.name: field for field in fields(options_class)}  # type: ignore[arg-type]
     for key in values:
         if key not in known:
-            near = get_close_matches(key, known, n=1)
+            near = get_close_matches(str(key), known, n=1)
             hint = f" Did you mean {near[0]!r}?" if near else ""
             raise UserError(f"{where}: unknown option {key!r}.{hint} Options: {', '.join(known)}.")
     required = [n for n, f in known.items() if f.default is MISSING and f.default_factory is MISSING]
@@ -48,7 +49,7 @@ def check_choice(name: str, value: Any, allowed: tuple[Any, ...]) -> None:
 def check_range(name: str, value: Any, low: float, high: float, *, closed: bool = False) -> None:
     """Raise a UserError unless `value` is a number in ``(low, high]``, or in ``[low, high)`` when `closed`."""
     number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    inside = number and (low <= value < high if closed else low < value <= high)
+    inside = number and math.isfinite(value) and (low <= value < high if closed else low < value <= high)
     if not inside:
         bounds = f"[{low}, {high})" if closed else f"({low}, {high}]"
         raise UserError(f"{name} is {value!r}; it must be a number in {bounds}.")

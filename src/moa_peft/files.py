@@ -36,6 +36,14 @@ def write_atomically(path: Path, content: str) -> None:
         raise
 
 
+def existing_parent(path: Path) -> Path:
+    """`path` itself, or the nearest folder above it that exists."""
+    for candidate in (path, *path.absolute().parents):
+        if candidate.exists():
+            return candidate
+    return Path.cwd()
+
+
 def move_files(source: Path, destination: Path) -> None:
     """Rename everything in the folder `source` into `destination`, replacing what has the same name.
 

@@ -269,7 +269,11 @@ def _run_recipe(path: Path) -> dict[str, Any]:
         file = folder / "run.json"
         if file.is_file():
             try:
-                return json.loads(file.read_text(encoding="utf-8")).get("recipe", {})
-            except (json.JSONDecodeError, UnicodeDecodeError) as error:
-                raise UserError(f"adapter: {str(file)!r} is damaged: {error}") from error
+                recipe = json.loads(file.read_text(encoding="utf-8"))["recipe"]
+                model, template = recipe.get("model"), recipe.get("data", {}).get("template")
+            except (ValueError, KeyError, TypeError, AttributeError) as error:
+                raise UserError(f"adapter: {str(file)!r} is damaged: {type(error).__name__}: {error}") from error
+            if not all(value is None or isinstance(value, str) for value in (model, template)):
+                raise UserError(f"adapter: {str(file)!r} is damaged: model is {model!r}, template {template!r}.")
+            return recipe
     return {}

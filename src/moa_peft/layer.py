@@ -132,6 +132,10 @@ class MoALayer(nn.Module, BaseTunerLayer):
             return []
         return [name for name in self.active_adapters if name in self.moa_router]
 
+    def pools_sequences(self) -> bool:
+        """Whether an active mixture routes whole sequences."""
+        return any(self.mixtures[name].granularity == "sequence" for name in self._running())
+
     def start(self, hidden: torch.Tensor, cache: Any, pooling: Pooling | None) -> None:
         """Called when the block starts: route from the residual stream where that is the router's input.
 

@@ -32,6 +32,6 @@ def adapter_on_meta(config: PeftConfig, base_config: PreTrainedConfig) -> PeftMo
             return get_peft_model(base, fresh, low_cpu_mem_usage=True)
     except UserError:
         raise
-    except ValueError as error:
+    except (ValueError, TypeError, IndexError, RuntimeError) as error:
         # PEFT's and transformers' own refusals: targets that match nothing, a configuration that is no language model.
         raise UserError(f"{config.peft_type} on {base_config.model_type}: {error}") from error

@@ -183,8 +183,7 @@ def norm_name(architecture: Architecture, block: nn.Module) -> str | None:
 
 
 def linear_features(module: nn.Module | None) -> tuple[int, int] | None:
-    """Input and output width of a linear layer of any class (quantised and Conv1D included); None for other "
-    "modules."""
+    """Input and output width of a linear layer of any class (quantised, Conv1D); None for other modules."""
     if module is None:
         return None
     if hasattr(module, "nf") and hasattr(module, "nx"):

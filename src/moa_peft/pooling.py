@@ -173,7 +173,13 @@ def plan_pooling(model: nn.Module, arguments: dict[str, Any]) -> Pooling:
 
 
 def add_pooling(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], Any]:
-    """Forward pre-hook of a model with a mixture of sequence granularity: hand the `Pooling` on to its blocks."""
+    """Forward pre-hook of a model with a mixture of sequence granularity: hand the `Pooling` on to its blocks.
+
+    Does nothing while no such mixture is active, so that a disabled or deleted one asks nothing of the caller.
+    """
+    active = (getattr(getattr(module, "moa", None), "pools_sequences", None) for module in model.modules())
+    if not any(pools() for pools in active if pools is not None):
+        return args, {key: value for key, value in kwargs.items() if key != PROMPT_MASK}
     arguments = dict(inspect.signature(type(model).forward).bind_partial(model, *args, **kwargs).arguments)
     arguments |= kwargs
     kwargs = {key: value for key, value in kwargs.items() if key != PROMPT_MASK}

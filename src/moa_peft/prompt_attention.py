@@ -57,8 +57,9 @@ class PromptSite:
         if cache is None or torch.is_grad_enabled() or torch.compiler.is_compiling():
             return self._project(expert, attention, query_BHTK)
         store = cache.__dict__.setdefault("moa_prompt_states", {})
-        # The version guards against a cache object that outlives a change of the weights.
-        key = (id(expert), expert.embedding._version, query_BHTK.dtype)
+        # The version guards against a cache object that outlives a change of the weights; inference tensors have none.
+        version = None if expert.embedding.is_inference() else expert.embedding._version
+        key = (id(expert), version, query_BHTK.dtype)
         if not decoding or key not in store:
             store[key] = self._project(expert, attention, query_BHTK)
         return store[key]

@@ -39,7 +39,7 @@ class Registry(Generic[T]):
         Raises:
             UserError: for an unknown name, with the list of known ones.
         """
-        if name not in self._entries:
+        if not isinstance(name, str) or name not in self._entries:
             raise UserError(f"Unknown {self.kind} {name!r}. Known: {', '.join(sorted(self._entries))}.")
         return self._entries[name]
 

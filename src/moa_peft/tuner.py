@@ -17,6 +17,7 @@ from moa_peft.plan import Plan, make_plan
 from moa_peft.pooling import add_pooling
 from moa_peft.prompt_attention import install_prompt_attention
 from moa_peft.quantized_base import keep_trainable
+from moa_peft.saved_modules import check_saved_modules
 from moa_peft.starting_weights import StartingWeights
 
 
@@ -49,6 +50,7 @@ class MoAModel(BaseTuner):
         # it.
         vars(self)["_plan"] = make_plan(config, model)
         check_adapter_name(adapter_name, model, config, self._plan)
+        check_saved_modules(config, model)
         start = StartingWeights.read(config, self._plan) if config.init_from else None
         keep_trainable(model, inference=config.inference_mode)
         super().inject_adapter(

@@ -108,6 +108,8 @@ def _message(error: Exception) -> str | None:
         return f"The disk is full: {error}\nFree some space, or choose another output_dir, and run the command again."
     if isinstance(error, PermissionError):
         return f"No permission: {error}\nChoose another file or folder, or change its permissions."
+    if isinstance(error, FileNotFoundError | NotADirectoryError | IsADirectoryError | FileExistsError):
+        return f"The file system refused: {error}\nCheck the path: a part of it is missing, or is no folder."
     return None
 
 

@@ -34,7 +34,7 @@ def count(
     from moa_peft.counting import count_parameters
     from moa_peft.methods import method_config
 
-    config = method_config(method, task_type="CAUSAL_LM", **_knobs(context.args))
+    config = method_config(method, **{"task_type": "CAUSAL_LM"} | _knobs(context.args))
     counted = count_parameters(load_config(model), config)
     if as_json:
         typer.echo(json.dumps({"model": model, "method": method, **counted.to_dict()}, indent=2))
@@ -70,5 +70,8 @@ def _knobs(words: list[str]) -> dict[str, Any]:
             if not rest:
                 raise UserError(f"count: {name} needs a value.")
             value = rest.pop(0)
-        knobs[name.removeprefix("--").replace("-", "_")] = yaml.safe_load(value)
+        try:
+            knobs[name.removeprefix("--").replace("-", "_")] = yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            raise UserError(f"count: the value of {name} is no valid YAML: {value!r}") from error
     return knobs

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from moa_peft.errors import UserError
+from moa_peft.files import existing_parent
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -132,6 +133,8 @@ def _check_output(folder: Path, *, overwrite: bool) -> None:
     """Refuse to touch what exists, unless it is an earlier evaluation and may be replaced."""
     if folder.exists() and not folder.is_dir():
         raise UserError(f"--output: {str(folder)!r} is a file. Give a folder.")
+    if not os.access(existing_parent(folder), os.W_OK):
+        raise UserError(f"--output: {str(folder)!r} cannot be written. Give another folder.")
     if not folder.is_dir() or not any(folder.iterdir()):
         return
     if not overwrite:

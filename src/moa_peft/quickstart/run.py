@@ -286,6 +286,8 @@ def _check(settings: QuickstartSettings, recipe: TrainRecipe) -> None:
         raise UserError(f"minutes: {settings.minutes} is not allowed; give more than 0, for example 10.")
     if not 1 <= settings.num_test <= 300:
         raise UserError(f"num_test: {settings.num_test} is not allowed; give 1 to 300.")
+    if not 0 <= settings.seed < 2**32:
+        raise UserError(f"seed: {settings.seed} is not allowed; give 0 to {2**32 - 1}.")
     adapter_config(recipe)
     require_scipy()
     folder = settings.output_dir

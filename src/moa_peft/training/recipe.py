@@ -8,6 +8,7 @@ method. On the command line a key in a block is written `--data.limit 100`, `--m
 from __future__ import annotations
 
 import difflib
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
@@ -194,6 +195,7 @@ def parse_recipe(content: Mapping[str, Any], *, overrides: Sequence[str] = ()) -
     )
     if recipe.options.overwrite and recipe.options.resume:
         raise UserError("recipe: overwrite and resume are both set. Keep the one you mean.")
+    _check_trainer(recipe.trainer)
     if recipe.trainer.get("save_total_limit") == 1:
         raise UserError("save_total_limit: 1 could delete the last checkpoint when another one is the best. Use 2.")
     return recipe
@@ -304,8 +306,27 @@ def _reject_unknown(given: Mapping[str, Any], known: set[str], *, prefix: str) -
                 candidates += [f"data.{item.name}" for item in fields(DataOptions)]
             near = difflib.get_close_matches(f"{prefix}{key}", candidates, n=1, cutoff=0.6)
             same = [name for name in candidates if name.endswith(f".{key}")]
-            hint = (same or near or ["see `moa train --help`"])[0]
-            raise UserError(f"recipe: unknown key {prefix + str(key)!r}. Did you mean {hint!r}?")
+            found = (same or near or [None])[0]
+            hint = f"Did you mean {found!r}?" if found else "`moa train --help` lists the keys."
+            raise UserError(f"recipe: unknown key {prefix + str(key)!r}. {hint}")
+
+
+def _check_trainer(given: Mapping[str, Any]) -> None:
+    """Ranges of the trainer's options that it would fail on late, or train on with a wrong meaning."""
+    for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
+        _check(given.get(name, 1) >= 1, name, given.get(name), "at least 1")
+    for name in ("learning_rate", "router_learning_rate", "weight_decay", "max_grad_norm"):
+        value = given.get(name)
+        _check(value is None or 0 <= value < math.inf, name, value, "a number of at least 0")
+    for name in ("adam_beta1", "adam_beta2"):
+        _check(0 <= given.get(name, 0.0) < 1, name, given.get(name), "a number of at least 0 and below 1")
+    for name in ("seed", "data_seed"):
+        value = given.get(name)
+        _check(value is None or 0 <= value < 2**32, name, value, "0 to 4294967295")
+    smoothing = given.get("label_smoothing_factor", 0.0)
+    _check(0 <= smoothing < 1, "label_smoothing_factor", smoothing, "a number of at least 0 and below 1")
+    epochs = given.get("num_train_epochs", 1)
+    _check(epochs > 0, "num_train_epochs", epochs, "more than 0")
 
 
 def _check(holds: bool, name: str, value: Any, allowed: str) -> None:

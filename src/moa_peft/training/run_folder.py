@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shutil
+import zipfile
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ import yaml
 
 from moa_peft.adapter_files import check_adapter_folder
 from moa_peft.errors import UserError
-from moa_peft.files import write_atomically
+from moa_peft.files import existing_parent, write_atomically
 from moa_peft.training.recipe import TrainRecipe, parse_recipe
 
 RUN_FORMAT = 1
@@ -183,14 +184,6 @@ def check_disk_space(
         )
 
 
-def existing_parent(path: Path) -> Path:
-    """`path` itself, or the nearest folder above it that exists."""
-    for candidate in (path, *path.absolute().parents):
-        if candidate.exists():
-            return candidate
-    return Path.cwd()
-
-
 def now() -> str:
     """The time in UTC, ISO 8601, to the second."""
     return datetime.now(UTC).isoformat(timespec="seconds")
@@ -203,4 +196,6 @@ def _is_whole(checkpoint: Path) -> bool:
         check_adapter_folder(checkpoint)
     except (OSError, ValueError):
         return False
-    return True
+    # With save_only_model there is none of these; else a checkpoint without one would go on with a fresh optimiser.
+    states = [list(checkpoint.glob(pattern)) for pattern in ("optimizer.pt", "scheduler.pt", "rng_state*.pth")]
+    return not any(states) or all(files and all(map(zipfile.is_zipfile, files)) for files in states)
