@@ -115,16 +115,20 @@ def train(
     record["timings"]["load_model_s"] = round(time.monotonic() - started_s, 2)
     stop = StopOnSignal(console)
     progress = TrainingProgress(console)
-    trainer = MoATrainer(
-        model,
-        args=arguments,
-        train_dataset=prepared.train_rows,
-        eval_dataset=prepared.validation_rows,
-        data_collator=CompletionCollator(pad_token_id(prepared.tokenizer)),
-        callbacks=[*callbacks, progress, stop],
-        router_parameters=router_parameters(model),
-        prompt_mask=getattr(prepared.config, "granularity", "token") == "sequence",
-    )
+    try:
+        trainer = MoATrainer(
+            model,
+            args=arguments,
+            train_dataset=prepared.train_rows,
+            eval_dataset=prepared.validation_rows,
+            data_collator=CompletionCollator(pad_token_id(prepared.tokenizer)),
+            callbacks=[*callbacks, progress, stop],
+            router_parameters=router_parameters(model),
+            prompt_mask=getattr(prepared.config, "granularity", "token") == "sequence",
+        )
+    except (ValueError, RuntimeError, ImportError) as error:
+        # Such as report_to with a tracker that is not installed.
+        raise UserError(f"recipe: the trainer refuses its options: {error}") from error
     # The trainer's own printing of every log line, which comes with the switched-off tqdm bar.
     trainer.remove_callback(PrinterCallback)
     for callback in trainer.callback_handler.callbacks:
