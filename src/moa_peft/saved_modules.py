@@ -13,8 +13,10 @@ def check_saved_modules(config: MoAConfig, model: nn.Module) -> None:
         UserError: naming the entry and what is allowed.
     """
     names = [name for name, _ in model.named_modules() if name]
+    # For classification PEFT adds both of its names for the head, whichever the model has.
+    added = {"classifier", "score"} if str(config.task_type).endswith("_CLS") else set()
     for wanted in config.modules_to_save or []:
-        if not any(name == wanted or name.endswith(f".{wanted}") for name in names):
+        if wanted not in added and not any(name == wanted or name.endswith(f".{wanted}") for name in names):
             raise UserError(
                 f"modules_to_save names {wanted!r}, which matches no module of {type(model).__name__}. Give the name "
                 "of a module or its end, such as 'lm_head' or 'score'."
