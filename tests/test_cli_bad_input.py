@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -15,7 +16,7 @@ from safetensors.torch import load, save_file
 
 from moa_peft.cli import main
 from moa_peft.training.trainer import MoATrainer
-from tests.tiny import save_tiny, write_sums
+from tests.tiny import save_tiny, tiny_recipe
 
 Moa = Callable[..., str]
 
@@ -24,21 +25,9 @@ Moa = Callable[..., str]
 def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny base, another one of another size, a data file, a recipe, and an adapter trained with them."""
     folder = tmp_path_factory.mktemp("files")
-    save_tiny(folder / "base")
     save_tiny(folder / "wider", hidden_size=32)
     save_tiny(folder / "gpt2", family="gpt2")
-    write_sums(folder / "sums.json")
-    content = {
-        "model": str(folder / "base"),
-        "output_dir": str(folder / "adapter"),
-        "method": "soft_moa",
-        "data": {"path": str(folder / "sums.json"), "validation_size": 0, "max_length": 300},
-        "max_steps": 1,
-        "per_device_train_batch_size": 2,
-        "report_to": "none",
-        "use_cpu": True,
-        "save_strategy": "no",
-    }
+    content = tiny_recipe(folder, output_dir=str(folder / "adapter"))
     (folder / "recipe.yaml").write_text(yaml.safe_dump(content))
     assert main(["train", str(folder / "recipe.yaml")]) == 0
     return folder
@@ -123,6 +112,57 @@ def test_recipes_that_are_wrong(fails: Moa, train_fails: Moa, tmp_path: Path) ->
     assert "frobnicate" in fails("frobnicate")
 
 
+@pytest.mark.parametrize(
+    ("words", "parts"),
+    [
+        (["--optim_args", "fused"], ["optim_args: 'fused'", "name=value"]),
+        (["--optim", "ademamix", "--optim_args", "beta3=high"], ["optim: 'ademamix'", "'beta3=high'"]),
+        (["--lr_scheduler_kwargs", '{"min_lr": 0.1}'], ["lr_scheduler_kwargs: {'min_lr': 0.1}", "'linear'", "none"]),
+        (["--lr_scheduler_kwargs", "steep"], ["lr_scheduler_kwargs: 'steep'", "mapping"]),
+        (["--lr_scheduler_type", "cosine_with_min_lr"], ["'cosine_with_min_lr'", "num_cycles, min_lr"]),
+        (
+            ["--lr_scheduler_type", "cosine", "--lr_scheduler_kwargs", '{"num_cycles": "two"}'],
+            ["{'num_cycles': 'two'}", "num_cycles"],
+        ),
+        (["--moa.inference_mode", "true"], ["moa.inference_mode: True", "nothing to train"]),
+        (["--moa.task_type", "SEQ_CLS"], ["moa.task_type: 'SEQ_CLS'"]),
+        (["--moa.prompt", "'yes'"], ["prompt is 'yes'", "true or false"]),
+        (["--load_best_model_at_end"], ["load_best_model_at_end", "data.validation_size is 0"]),
+        (["--load_best_model_at_end", "--data.validation_size", "4"], ["eval_strategy: 'no'", "nothing is evaluated"]),
+        (["--push_to_hub"], ["push_to_hub", "HF_HUB_OFFLINE", "hf upload"]),
+        (["--report_to", "tardis"], ["the trainer refuses its options", "tardis"]),
+    ],
+    ids=lambda value: value[0] if value[0].startswith("--") else "",
+)
+def test_settings_that_would_fail_late(
+    train_fails: Moa, words: list[str], parts: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("moa_peft.training.option_checks.is_offline_mode", lambda: True)
+    message = train_fails(*words)
+    assert all(part in message for part in parts), message
+
+
+def test_values_of_the_wrong_kind_in_a_file(fails: Moa, files: Path, tmp_path: Path) -> None:
+    """On the command line everything is text; YAML has kinds."""
+    content = yaml.safe_load((files / "recipe.yaml").read_text())
+    wrong: list[tuple[dict[str, Any], str]] = [
+        ({"output_dir": 5}, "output_dir: 5 is no text"),
+        ({"output_dir": ["out"]}, "output_dir: ['out'] is a list"),
+        ({"learning_rate": [1e-3]}, "learning_rate: [0.001] is a list"),
+        ({"data": {"path": {"train": "x.json"}}}, "data.path: {'train': 'x.json'} is a block"),
+    ]
+    for change, part in wrong:
+        (tmp_path / "recipe.yaml").write_text(yaml.safe_dump({**content, **change}))
+        assert part in fails("train", str(tmp_path / "recipe.yaml"))
+
+
+def test_half_characters(fails: Moa, train_fails: Moa, adapter: Path, tmp_path: Path) -> None:
+    rows_of = [{"instruction": "1+1", "output": "2"}, {"instruction": "1+2", "output": "3 \ud83d"}]
+    message = train_fails(*rows(tmp_path / "data.json", rows_of))
+    assert "data.json row 2: output has \\ud83d at position 3" in message
+    assert "the prompt has \\udce4" in fails("generate", str(adapter), "K\udce4se")
+
+
 def test_models_that_are_not_there(train_fails: Moa, tmp_path: Path) -> None:
     (tmp_path / "hollow").mkdir()
     assert "config.json" in train_fails("--model", str(tmp_path / "hollow"))
@@ -141,6 +181,26 @@ def test_output_folder_that_exists(fails: Moa, files: Path, tmp_path: Path) -> N
     (tmp_path / "file").write_text("x")
     assert "is a file" in fails("train", str(files / "recipe.yaml"), "--output_dir", str(tmp_path / "file"))
     assert "nothing to resume" in fails("train", str(files / "recipe.yaml"), "--resume")
+    longer = fails("train", str(files / "recipe.yaml"), "--resume", "--max_steps", "9")
+    assert "cannot be made longer" in longer and "--overwrite" in longer
+    assert (files / "adapter" / "run.json").read_text() == before
+
+
+def test_output_folder_that_cannot_be_made(fails: Moa, files: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("x")
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    places = {
+        tmp_path / "link": "link to",
+        tmp_path / "link" / "run": "link to",
+        tmp_path / "file" / "run": "'" + str(tmp_path / "file") + "' is a file",
+        tmp_path / ("x" * 300): "too long",
+    }
+    for place, part in places.items():
+        message = fails("train", str(files / "recipe.yaml"), "--output_dir", str(place))
+        assert "output_dir: " in message and part in message
+        message = fails("eval", str(files / "base"), "--data", str(files / "sums.json"), "--output", str(place))
+        assert "--output: " in message and part in message
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "link"]
 
 
 def test_no_disk_space_before_training(train_fails: Moa, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -215,6 +275,73 @@ def test_generate_settings_that_are_wrong(fails: Moa, adapter: Path, tmp_path: P
     assert "temperature" in fails("generate", str(adapter), "hi", "--temperature", "0")
     assert "top_p" in fails("generate", str(adapter), "hi", "--top-p", "0.5")
     assert "both given" in fails("generate", str(adapter), "hi", "--input", str(out))
+
+
+def test_generate_checks_its_output_before_loading(
+    fails: Moa, adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def load(*args: Any, **kwargs: Any) -> None:
+        raise AssertionError("the adapter was loaded before --output was checked")
+
+    monkeypatch.setattr("moa_peft.generation.load_adapter", load)
+    (tmp_path / "link.jsonl").symlink_to(tmp_path / "nowhere")
+    words = ["generate", str(adapter), "hi", "--overwrite", "--output"]
+    assert "link to" in fails(*words, str(tmp_path / "link.jsonl"))
+    assert "is no file" in fails(*words, str(tmp_path))
+    assert "is no file" in fails(*words, os.devnull)
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != tmp_path)
+    assert "no permission" in fails(*words, str(tmp_path / "answers.jsonl"))
+
+
+def test_prompts_that_leave_no_room(fails: Moa, train_fails: Moa, adapter: Path, files: Path, tmp_path: Path) -> None:
+    """The tiny models have 512 positions, and one token per character."""
+    assert "the prompt has" in fails("generate", str(adapter), "x" * 600)
+    message = fails("generate", str(adapter), "hi", "--max-new-tokens", "500")
+    room = int(message.partition("at most ")[2].split(",")[0])
+    assert 300 < room < 500
+    assert main(["generate", str(adapter), "hi", "--max-new-tokens", str(room)]) == 0
+
+    questions = [{"instruction": "1+1", "output": "2"}, {"instruction": "1" * 600, "output": "2"}]
+    path = rows(tmp_path / "long.json", questions)[1]
+    assert "long.json row 2 has" in fails("generate", str(adapter), "--input", path)
+    # The file that is too long comes second, and nothing of the first has been scored by then.
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("moa_peft.evaluation.score_numeric", None)
+        message = fails("eval", str(adapter), "--data", str(files / "sums.json"), "--data", path)
+    assert "long.json row 2 has" in message
+    message = train_fails("--data.path", path, "--data.max_length", "1000")
+    assert "data.max_length: 1000" in message and "512 positions" in message
+
+
+def test_an_adapter_that_writes_no_text(fails: Moa, adapter: Path) -> None:
+    config = adapter / "adapter_config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "task_type": "SEQ_CLS"}))
+    message = fails("generate", str(adapter), "hi")
+    assert "SEQ_CLS" in message and "CAUSAL_LM" in message
+
+
+@pytest.mark.parametrize(
+    ("words", "part"),
+    [
+        (["--rank"], "--rank needs a value"),
+        (["--targets", "[q"], "the value of --targets is no valid YAML: '[q'"),
+        (["--targets=[q"], "the value of --targets is no valid YAML: '[q'"),
+        (["--targets", "5"], "targets is 5"),
+        (["--prompt", "'no'"], "prompt is 'no'"),
+        (["8"], "unexpected '8'"),
+    ],
+)
+def test_knobs_of_count_that_are_wrong(fails: Moa, files: Path, words: list[str], part: str) -> None:
+    assert part in fails("count", "--model", str(files / "base"), *words)
+
+
+@pytest.mark.parametrize(
+    "content", ["{half", "[]", "{}", '{"recipe": 3}', '{"recipe": {"model": 3}}', '{"recipe": {"data": []}}']
+)
+def test_a_damaged_record_beside_an_adapter(fails: Moa, adapter: Path, content: str) -> None:
+    (adapter / "run.json").write_text(content)
+    message = fails("generate", str(adapter), "hi")
+    assert "run.json" in message and "is damaged" in message
 
 
 def test_programs_that_are_not_there(fails: Moa) -> None:

@@ -16,25 +16,14 @@ import yaml
 
 from moa_peft import __version__
 from moa_peft.cli import main
-from tests.tiny import save_tiny, write_sums
+from tests.tiny import tiny_recipe
 
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("files")
-    save_tiny(folder / "base")
-    write_sums(folder / "sums.json")
-    content = {
-        "model": str(folder / "base"),
-        "output_dir": str(folder / "run"),
-        "method": "sparse_moa",
-        "data": {"path": str(folder / "sums.json"), "validation_size": 4, "max_length": 300},
-        "max_steps": 2,
-        "per_device_train_batch_size": 2,
-        "report_to": "none",
-        "use_cpu": True,
-        "save_strategy": "no",
-    }
+    content = tiny_recipe(folder, method="sparse_moa", max_steps=2)
+    content["data"]["validation_size"] = 4
     (folder / "recipe.yaml").write_text(yaml.safe_dump(content))
     assert main(["train", str(folder / "recipe.yaml"), "--moa.rank", "4"]) == 0
     return folder

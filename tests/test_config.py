@@ -169,6 +169,12 @@ def test_lora_preset_is_pefts_own():
         (lambda: MoAConfig.preset("soft_mao"), "Did you mean 'soft_moa'"),
         (lambda: MoAConfig.soft(ranks=4), "Did you mean 'rank'"),
         (lambda: MoAConfig.soft(rank=0), r"experts\[0\] \(lora\): rank is 0"),
+        (lambda: MoAConfig.soft(rank="eight"), "rank is 'eight'; it must be a whole number"),
+        (lambda: MoAConfig.soft(adapter_size=True), "adapter_size is True; it must be a whole number"),
+        (lambda: MoAConfig.soft(prompt="yes"), "prompt is 'yes'; it must be true or false"),
+        (lambda: MoAConfig.sparse(max_threshold="half"), "max_threshold is 'half'; it must be a number"),
+        (lambda: MoAConfig.soft(targets=5), "targets is 5; it must be a list of names"),
+        (lambda: MoAConfig.preset("lora", targets=[5]), r"targets is \[5\]; it must be a list of names"),
         (lambda: MoAConfig.soft(router_input="raw"), "'normed', 'residual'"),
         (lambda: MoAConfig.soft(granularity="word"), "'token', 'sequence'"),
         (lambda: MoAConfig.soft(scope="module"), "'block'"),
@@ -197,6 +203,12 @@ def test_lora_preset_is_pefts_own():
 def test_wrong_values_say_what_is_allowed(make, words: str):
     with pytest.raises(UserError, match=words):
         make()
+
+
+def test_one_target_needs_no_list():
+    """Read letter by letter, 'down' would hold the role 'o'."""
+    experts = MoAConfig.soft(targets="down", prompt=False, adapter_size=0).experts
+    assert [expert["target"] for expert in experts] == ["down"]
 
 
 def test_methods_tell_their_knobs():

@@ -136,6 +136,14 @@ GOOD = {"instruction": "q", "output": "a"}
         ("rows.json", [{"prompt": "q", "completion": []}], "prompt is text and completion is a list"),
         ("rows.json", [{**GOOD, "answer": ["a"]}], "answer must be text, a number"),
         ("rows.json", [{"messages": []}], "messages must be a list"),
+        ("rows.json", [{**GOOD, "input": "\ud800"}], r"row 1: input has \\ud800 at position 1"),
+        ("rows.json", [{**GOOD, "answer": "1\udfff"}], r"row 1: answer has \\udfff at position 2"),
+        ("rows.json", [{"prompt": "\ud800", "completion": "a"}], r"row 1: prompt has \\ud800"),
+        (
+            "rows.jsonl",
+            '{"messages": [{"role": "user", "content": "\\ud800"}]}',
+            r"message 1 of messages: content has",
+        ),
         (
             "rows.json",
             [{"messages": [{"role": "human", "content": "q"}]}],

@@ -38,6 +38,7 @@ class Scripted(torch.nn.Module):
         super().__init__()
         self.anchor = torch.nn.Parameter(torch.zeros(1))
         self.generation_config = None
+        self.config = tiny_model().config
         self.texts = texts
         self.generated_tokens = 0
 
@@ -129,19 +130,19 @@ def test_generation_ends_once_every_row_is_over() -> None:
         "The answer is 3.",
         "So\n\nThe answer is 12.",
     ]
-    assert score.correct_strict == 2
+    assert list(score.predictions) == [
+        predict(example.question, number, texts[length])
+        for example, number, length in zip(examples, (3.0, 12.0), lengths, strict=True)
+    ]
     assert model.generated_tokens == len("So\n\nThe answer is 12.\n")
-    assert "generate" not in vars(model)
 
 
-def test_stopping_early_changes_no_score() -> None:
-    torch.manual_seed(0)
+def test_predictions_keep_the_order_of_the_questions() -> None:
     model = get_peft_model(tiny_model(), MoAConfig.soft(rank=2, task_type="CAUSAL_LM"))
     examples = [question(f"{a}+2", str(a + 2)) for a in range(5)]
-    together = score_numeric(model, TOKENIZER, examples, template="alpaca", max_new_tokens=12, batch_size=5)
-    assert [p.question for p in together.predictions] == [e.question for e in examples]
-    assert all(prediction.output for prediction in together.predictions)
-    assert "generate" not in vars(model)
+    score = score_numeric(model, TOKENIZER, examples, template="alpaca", max_new_tokens=12, batch_size=2)
+    assert [p.question for p in score.predictions] == [e.question for e in examples]
+    assert [p.reference for p in score.predictions] == [2, 3, 4, 5, 6]
 
 
 def test_references_come_from_the_row_or_its_answer() -> None:

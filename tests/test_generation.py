@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 import torch
 from peft import get_peft_model
-from transformers import GenerationConfig
+from transformers import BloomConfig, Gemma3Config, GenerationConfig
 
 from moa_peft import MoAConfig
 from moa_peft.errors import UserError
-from moa_peft.generation import generate_texts, load_adapter, stream_text
+from moa_peft.generation import generate_texts, load_adapter, max_positions, stream_text
 from tests.tiny import save_tiny, tiny_model, tiny_tokenizer
 
 TOKENIZER = tiny_tokenizer()
@@ -83,6 +83,52 @@ def test_answers_stop_at_every_end_token() -> None:
     assert TOKENIZER(stopped)["input_ids"] == [first]
     model.generation_config.eos_token_id = [2, first]
     assert generate_texts(model, TOKENIZER, PROMPTS[:1], max_new_tokens=8, batch_size=1)[0] == stopped
+
+
+def test_a_batch_ends_once_all_its_answers_are_over() -> None:
+    model = adapted()
+    free = generate_texts(model, TOKENIZER, PROMPTS, max_new_tokens=9, batch_size=5)
+    seen: list[str] = []
+
+    def is_over(text: str) -> bool:
+        seen.append(text)
+        return len(TOKENIZER(text)["input_ids"]) >= 3
+
+    cut = generate_texts(model, TOKENIZER, PROMPTS, max_new_tokens=9, batch_size=5, is_over=is_over)
+    assert all(whole.startswith(part) for whole, part in zip(free, cut, strict=True))
+    assert max(len(TOKENIZER(text)["input_ids"]) for text in seen) == 3
+    assert sum(map(len, cut)) < sum(map(len, free))
+
+
+@pytest.mark.parametrize(
+    ("rope", "positions"),
+    [
+        ({"rope_type": "default"}, 512),
+        ({"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 512}, 2048),
+        ({"rope_type": "linear", "factor": 2.0}, 1024),
+    ],
+)
+def test_positions_of_a_stretched_model_count_as_stretched(rope: dict[str, Any], positions: int) -> None:
+    config = tiny_model().config
+    config.rope_parameters = {"rope_theta": 10000.0, **rope}
+    assert max_positions(config) == positions
+
+
+def test_positions_are_found_where_the_family_has_them() -> None:
+    assert max_positions(tiny_model("gpt2").config) == 512
+    gemma = Gemma3Config(text_config={"max_position_embeddings": 77})
+    assert max_positions(gemma) == 77
+    assert max_positions(BloomConfig()) is None
+
+
+def test_every_position_is_used_and_none_beyond() -> None:
+    """GPT-2 has a table of positions, so that one too many would be an error of the table."""
+    model, prompt = tiny_model("gpt2"), [5] * 505
+    assert generate_texts(model, TOKENIZER, [prompt], max_new_tokens=8)[0] is not None
+    with pytest.raises(UserError, match="row 7, which has 505 tokens.*\n.*at most 8"):
+        generate_texts(model, TOKENIZER, [prompt], max_new_tokens=9, names=["row 7"])
+    with pytest.raises(UserError, match="prompt 2 has 513 tokens"):
+        generate_texts(model, TOKENIZER, [prompt, [5] * 513], max_new_tokens=1)
 
 
 def test_sampling_follows_the_seed() -> None:

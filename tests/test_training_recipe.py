@@ -6,8 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from moa_peft.errors import UserError
+from moa_peft.training import option_checks
+from moa_peft.training.arguments import MoATrainingArguments
 from moa_peft.training.recipe import load_recipe, parse_overrides, parse_recipe
 
 BASE: dict[str, Any] = {"model": "packaged", "output_dir": "out", "data": "train.json"}
@@ -45,6 +48,12 @@ def test_a_recipe_reads_back_equal() -> None:
     assert "resume" not in recipe.to_dict() and recipe.to_dict()["data"]["validation_size"] == 12
 
 
+def test_the_bare_word_no_is_a_strategy() -> None:
+    """YAML 1.1 reads it as false."""
+    recipe = parse_recipe({**BASE, "save_strategy": False, "bf16": False})
+    assert recipe.trainer == {"save_strategy": "no", "bf16": False}
+
+
 def test_null_is_the_default() -> None:
     assert parse_recipe({**BASE, "seed": None, "dtype": None}) == parse_recipe(BASE)
 
@@ -65,6 +74,11 @@ def test_null_is_the_default() -> None:
         ({"data": None}, [], ["data.path must be set"]),
         ({"data": {"path": "x", "validation_size": 1.5}}, [], ["validation_size", "1.5"]),
         ({"data": {"path": "x", "max_length": 1}}, [], ["data.max_length", "at least 2"]),
+        ({"output_dir": 5}, [], ["output_dir: 5 is no text", "'5'"]),
+        ({"model": True}, [], ["model: True is no text", "'true'"]),
+        ({"output_dir": ["out"]}, [], ["output_dir: ['out'] is a list"]),
+        ({"data": {"path": "x", "max_length": [3]}}, [], ["data.max_length: [3] is a list"]),
+        ({"max_steps": {"a": 1}}, [], ["max_steps: {'a': 1} is a block"]),
         ({"overwrite": True}, ["--resume"], ["overwrite and resume"]),
         ({"save_total_limit": 1}, [], ["save_total_limit"]),
         ({}, ["stray"], ["'stray'"]),
@@ -108,6 +122,55 @@ def test_validation_follows_the_checkpoints(tmp_path: Path) -> None:
         parse_recipe({**BASE, "eval_strategy": "steps"}).training_arguments(checkpoints=tmp_path, has_validation=False)
 
 
+def test_the_best_checkpoint_needs_validation_and_checkpoints(tmp_path: Path) -> None:
+    settings = {**BASE, "load_best_model_at_end": True, "report_to": "none", "use_cpu": True}
+    with pytest.raises(UserError, match="data.validation_size is 0"):
+        parse_recipe(settings).training_arguments(checkpoints=tmp_path, has_validation=False)
+    for name in ("eval_strategy", "save_strategy"):
+        recipe = parse_recipe({**settings, "save_strategy": "epoch", "eval_strategy": "epoch", name: "no"})
+        with pytest.raises(UserError, match=f"{name}: 'no'"):
+            recipe.training_arguments(checkpoints=tmp_path, has_validation=True)
+    assert parse_recipe(settings).training_arguments(checkpoints=tmp_path, has_validation=True).load_best_model_at_end
+
+
+def test_a_pushed_run_is_named_after_its_folder(tmp_path: Path) -> None:
+    recipe = parse_recipe({**BASE, "push_to_hub": True, "report_to": "none", "use_cpu": True})
+    arguments = recipe.training_arguments(checkpoints=tmp_path / "my-run" / "checkpoints", has_validation=False)
+    assert arguments.hub_model_id == "my-run"
+
+
+@pytest.mark.parametrize("is_offline", [True, False])
+def test_a_push_that_cannot_be_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_offline: bool) -> None:
+    def whoami(self: Any) -> None:
+        raise OSError("no token found")
+
+    monkeypatch.setattr(option_checks, "is_offline_mode", lambda: is_offline)
+    monkeypatch.setattr(option_checks.HfApi, "whoami", whoami)
+    arguments = MoATrainingArguments(output_dir=str(tmp_path), report_to="none", use_cpu=True)
+    option_checks.check_hub(arguments)
+    arguments.push_to_hub = True
+    with pytest.raises(UserError, match="offline mode is on" if is_offline else "no token found"):
+        option_checks.check_hub(arguments)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"lr_scheduler_type": "cosine_with_min_lr", "lr_scheduler_kwargs": {"min_lr": 1e-6}},
+        {"lr_scheduler_type": "reduce_lr_on_plateau", "lr_scheduler_kwargs": {"patience": 2}},
+        {"lr_scheduler_type": "warmup_stable_decay", "lr_scheduler_kwargs": {"num_decay_steps": 5}},
+        {"lr_scheduler_type": "polynomial", "lr_scheduler_kwargs": {"power": 2}},
+        {"optim": "ademamix", "optim_args": "beta3=0.999, alpha=4.0"},
+        {"optim": "adafactor"},
+    ],
+    ids=str,
+)
+def test_optimizers_and_schedules_that_work_are_let_through(tmp_path: Path, settings: dict[str, Any]) -> None:
+    recipe = parse_recipe({**BASE, **settings, "learning_rate": 1e-3, "report_to": "none", "use_cpu": True})
+    arguments = recipe.training_arguments(checkpoints=tmp_path, has_validation=True)
+    option_checks.check_optimizer(arguments, torch.nn.Linear(2, 2))
+
+
 def test_warmup_in_epochs(tmp_path: Path) -> None:
     recipe = parse_recipe({**BASE, "num_train_epochs": 3, "warmup_epochs": 1, "report_to": "none", "use_cpu": True})
     arguments = recipe.training_arguments(checkpoints=tmp_path, has_validation=False)
@@ -129,6 +192,12 @@ def test_warmup_in_epochs(tmp_path: Path) -> None:
         ("--seed=-1", "seed"),
         ("--num_train_epochs=-1", "num_train_epochs"),
         ("--label_smoothing_factor=2", "label_smoothing_factor"),
+        ("--max_steps=0", "max_steps"),
+        ("--save_steps=0", "save_steps"),
+        ("--dataloader_num_workers=-1", "dataloader_num_workers"),
+        ("--metric_for_best_model=accuracy", "metric_for_best_model"),
+        ("--optim_args=a", "optim_args"),
+        ("--optim_args=a=1,b", "optim_args"),
     ],
 )
 def test_trainer_options_out_of_range(override: str, words: str) -> None:

@@ -178,18 +178,16 @@ def test_a_loss_that_is_not_finite_stops_the_run(recipe: Recipe, tmp_path: Path)
     assert record(tmp_path / "run")["status"] == "failed"
 
 
-def test_overwrite_replaces_a_run_and_nothing_else(recipe: Recipe, tmp_path: Path) -> None:
+def test_overwrite_replaces_a_run_once_everything_is_checked(recipe: Recipe, tmp_path: Path) -> None:
     train(recipe(max_steps=1))
-    stray = tmp_path / "run" / "stray.txt"
-    stray.write_text("x")
+    before = record(tmp_path / "run")
     with pytest.raises(UserError, match="--overwrite"):
         train(recipe(max_steps=1))
-    assert stray.exists()
     with pytest.raises(UserError, match="unknown"):
         train(recipe(max_steps=1, overwrite=True, method="unknown"))
-    assert stray.exists()
-    train(recipe(max_steps=1, overwrite=True))
-    assert not stray.exists()
+    assert record(tmp_path / "run") == before
+    train(recipe(max_steps=2, overwrite=True))
+    assert record(tmp_path / "run")["results"]["steps"] == 2
     other = tmp_path / "other"
     other.mkdir()
     (other / "thesis.txt").write_text("x")

@@ -85,3 +85,19 @@ def write_sums(file: Path, *, rows: int = 24) -> Path:
     ]
     file.write_text(json.dumps(content), encoding="utf-8")
     return file
+
+
+def tiny_recipe(folder: Path, **changes: Any) -> dict[str, Any]:
+    """The content of a recipe for one step of Soft MoA on sums; saves the base and the data it names to `folder`."""
+    return {
+        "model": str(save_tiny(folder / "base")),
+        "output_dir": str(folder / "run"),
+        "method": "soft_moa",
+        "data": {"path": str(write_sums(folder / "sums.json")), "validation_size": 0, "max_length": 300},
+        "max_steps": 1,
+        "per_device_train_batch_size": 2,
+        "report_to": "none",
+        "use_cpu": True,
+        "save_strategy": "no",
+        **changes,
+    }

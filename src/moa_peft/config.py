@@ -214,15 +214,34 @@ class MoAConfig(PeftConfig):
         """The configuration of a named method; knobs that are no knobs of the method are fields of this class.
 
         Raises:
-            UserError: for an unknown method or knob.
+            UserError: for an unknown method or knob, or a knob of the wrong type.
         """
-        from moa_peft.methods import method_config
+        from moa_peft.methods import METHODS, method_config
 
-        return method_config(name, **knobs)
+        defaults = METHODS[name].knobs if name in METHODS else {}
+        return method_config(name, **{key: _knob(key, value, defaults.get(key)) for key, value in knobs.items()})
 
 
 def _known() -> str:
     return ", ".join(EXPERTS)
+
+
+def _knob(name: str, value: Any, default: Any) -> Any:
+    """The value of a method's knob, refused where its type is not that of the default; one name makes a list."""
+    if isinstance(default, bool):
+        if not isinstance(value, bool):
+            raise UserError(f"{name} is {value!r}; it must be true or false.")
+    elif isinstance(default, int):
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise UserError(f"{name} is {value!r}; it must be a whole number.")
+    elif isinstance(default, float):
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            raise UserError(f"{name} is {value!r}; it must be a number.")
+    elif isinstance(default, (list, tuple)):
+        value = [value] if isinstance(value, str) else value
+        if not isinstance(value, (list, tuple)) or not all(isinstance(item, str) for item in value):
+            raise UserError(f"{name} is {value!r}; it must be a list of names.")
+    return value
 
 
 def _check_format(moa_format: Any, written_by: str) -> None:

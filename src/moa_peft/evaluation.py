@@ -10,20 +10,18 @@ answer is over (`cut_answer`), which depends on the text alone, and generation e
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import Any
 
-import torch
 from rich.console import Console
-from transformers import PreTrainedTokenizerBase, StoppingCriteria, StoppingCriteriaList
+from transformers import PreTrainedTokenizerBase
 
 from moa_peft.answers import extract_number, numbers_match
 from moa_peft.data import Example, Template, end_token_ids, render_prompt
 from moa_peft.errors import UserError
-from moa_peft.generation import generate_texts
+from moa_peft.generation import check_prompts, generate_texts
 from moa_peft.intervals import Interval, wilson_interval
 
 # A Markdown heading of the third level begins the next section of the Alpaca layout; GSM8K's "#### 12" is none.
@@ -149,22 +147,38 @@ def score_numeric(
         console: where a progress bar is shown; None for none.
 
     Raises:
-        UserError: there is no question, one has no number to compare with, or a setting is out of its range.
+        UserError: there is no question, one has no number to compare with or is too long, or a setting is out of its
+            range.
     """
     references = numeric_references(examples)
     prompts = [render_prompt(example, tokenizer, template=template) for example in examples]
-    with _stopping_after_answer(model, tokenizer):
-        texts = generate_texts(
-            model,
-            tokenizer,
-            prompts,
-            max_new_tokens=max_new_tokens,
-            batch_size=batch_size,
-            end_ids=end_token_ids(tokenizer, template=template),
-            console=console,
-        )
+    texts = generate_texts(
+        model,
+        tokenizer,
+        prompts,
+        max_new_tokens=max_new_tokens,
+        batch_size=batch_size,
+        end_ids=end_token_ids(tokenizer, template=template),
+        # No continuation changes what `cut_answer` returns once it has cut something off.
+        is_over=lambda text: cut_answer(text) != text,
+        names=[example.where for example in examples],
+        console=console,
+    )
     rows = zip(examples, references, texts, strict=True)
     return Score(tuple(predict(example.question, reference, text) for example, reference, text in rows))
+
+
+def check_lengths(
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    examples: Sequence[Example],
+    *,
+    template: Template,
+    max_new_tokens: int,
+) -> None:
+    """Refuse questions that are too long for the model, before hours are spent on others; see `check_prompts`."""
+    prompts = [render_prompt(example, tokenizer, template=template) for example in examples]
+    check_prompts(model, prompts, names=[example.where for example in examples], max_new_tokens=max_new_tokens)
 
 
 def predict(question: str, reference: float, text: str) -> Prediction:
@@ -215,34 +229,3 @@ def numeric_references(examples: Sequence[Example]) -> list[float]:
             )
         references.append(number)
     return references
-
-
-class _AnswerIsOver(StoppingCriteria):
-    """Marks the rows whose new text is over, so that generation ends with the last of them."""
-
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, *, prompt_tokens: int) -> None:
-        self._tokenizer = tokenizer
-        self._prompt_tokens = prompt_tokens
-
-    def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> Any:
-        # Decoding a batch of answers takes a few milliseconds, against a forward pass for every one of these calls.
-        texts = self._tokenizer.batch_decode(input_ids[:, self._prompt_tokens :], skip_special_tokens=True)
-        # No continuation changes what `cut_answer` returns once it has cut something off.
-        over = [cut_answer(text) != text for text in texts]
-        return torch.tensor(over, dtype=torch.bool, device=input_ids.device)
-
-
-@contextmanager
-def _stopping_after_answer(model: Any, tokenizer: PreTrainedTokenizerBase) -> Iterator[None]:
-    """While active, `model.generate` also stops once every row's answer is over."""
-    generate: Callable[..., Any] = model.generate
-
-    def generate_and_stop(*, input_ids: torch.Tensor, **settings: Any) -> Any:
-        criterion = _AnswerIsOver(tokenizer, prompt_tokens=input_ids.shape[1])
-        return generate(input_ids=input_ids, stopping_criteria=StoppingCriteriaList([criterion]), **settings)
-
-    model.generate = generate_and_stop
-    try:
-        yield
-    finally:
-        del model.generate

@@ -1,4 +1,4 @@
-"""Writing files so that a reader never sees half of one, and telling a full disk from other errors."""
+"""Writing files so that a reader never sees half of one; refusing places that cannot be written; a full disk."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ import os
 import shutil
 import tempfile
 from pathlib import Path
+
+from moa_peft.errors import UserError
 
 
 def write_atomically(path: Path, content: str) -> None:
@@ -42,6 +44,38 @@ def existing_parent(path: Path) -> Path:
         if candidate.exists():
             return candidate
     return Path.cwd()
+
+
+def check_creatable(path: Path, *, setting: str) -> None:
+    """Refuse a file or folder that could not be created, before the work whose result it is to hold.
+
+    Args:
+        path: what is going to be created or replaced; it need not exist.
+        setting: how messages name the setting, for example ``--output``.
+
+    Raises:
+        UserError: a part of the path is a link into nowhere, a file, too long, or a folder without permission.
+    """
+    try:
+        for place in (path, *path.absolute().parents):
+            if place.exists():
+                break
+            if place.is_symlink():
+                raise UserError(
+                    f"{setting}: {str(place)!r} is a link to {os.readlink(place)!r}, which does not exist.\n"
+                    "Remove the link, create what it points to, or give another path."
+                )
+        else:
+            place = Path.cwd()
+    except OSError as error:
+        raise UserError(f"{setting}: {str(path)!r} cannot be used: {error.strerror}. Give another path.") from error
+    if place != path and not place.is_dir():
+        raise UserError(f"{setting}: {str(path)!r} cannot be created, because {str(place)!r} is a file.")
+    if not os.access(place, os.W_OK):
+        raise UserError(
+            f"{setting}: {str(path)!r} cannot be written (no permission in {str(place)!r}). Give another path, or "
+            "change its permissions."
+        )
 
 
 def move_files(source: Path, destination: Path) -> None:

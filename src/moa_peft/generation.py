@@ -7,7 +7,7 @@ generation_config.json are left out, only their end tokens are kept.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +16,14 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.progress import Progress
-from transformers import GenerationConfig, PreTrainedTokenizerBase, TextStreamer
+from transformers import (
+    GenerationConfig,
+    PreTrainedConfig,
+    PreTrainedTokenizerBase,
+    StoppingCriteria,
+    StoppingCriteriaList,
+    TextStreamer,
+)
 from transformers.generation.streamers import BaseStreamer
 
 from moa_peft.adapter_files import check_adapter_folder
@@ -67,6 +74,12 @@ def load_adapter(
 
     path = Path(folder).expanduser()
     config = check_adapter_folder(path)
+    if config.task_type not in (None, "CAUSAL_LM"):
+        kind = getattr(config.task_type, "value", config.task_type)
+        raise UserError(
+            f"adapter: {str(path)!r} was trained for task_type {kind}, so it writes no text; CAUSAL_LM does.\n"
+            "Load it in Python with peft.PeftModel.from_pretrained and the model class of its task."
+        )
     recipe = _run_recipe(path)
     reference = base or recipe.get("model") or config.base_model_name_or_path
     if not reference:
@@ -95,6 +108,8 @@ def generate_texts(
     num_beams: int = 1,
     seed: int = 0,
     end_ids: Sequence[int] = (),
+    is_over: Callable[[str], bool] | None = None,
+    names: Sequence[str] | None = None,
     console: Console | None = None,
     streamer: BaseStreamer | None = None,
 ) -> list[str]:
@@ -112,6 +127,9 @@ def generate_texts(
         seed: of the sampling; results then depend on the batch size too.
         end_ids: tokens that end an answer besides the tokenizer's and the base model's end tokens, such as a chat
             template's (`moa_peft.data.end_token_ids`).
+        is_over: tells from an answer so far that nothing of interest follows; a batch ends once all its answers are
+            over. None: only end tokens and `max_new_tokens` end them.
+        names: how messages call each prompt, such as the file and row it is from; default: by its number.
         console: where a progress bar is shown when there is more than one batch; None for none.
         streamer: receives tokens as they come; for a single prompt.
 
@@ -119,11 +137,11 @@ def generate_texts(
         The decoded answers without special tokens, in the order of `prompts`.
 
     Raises:
-        UserError: a value out of its range, or an empty prompt.
+        UserError: a value out of its range, an empty prompt, or one that leaves the model no positions to answer.
     """
-    _check_settings(
-        prompts, max_new_tokens=max_new_tokens, batch_size=batch_size, temperature=temperature, top_p=top_p
-    )
+    _check_settings(max_new_tokens=max_new_tokens, batch_size=batch_size, temperature=temperature, top_p=top_p)
+    names = names or [f"prompt {number}" for number in range(1, len(prompts) + 1)]
+    check_prompts(model, prompts, names=names, max_new_tokens=max_new_tokens)
     config = _generation_config(
         model,
         tokenizer,
@@ -133,28 +151,52 @@ def generate_texts(
         do_sample=temperature is not None,
         **({"temperature": temperature, "top_p": top_p or 1.0, "top_k": 0} if temperature is not None else {}),
     )
-    # Longest first: if memory does not suffice, that shows in the first batch.
-    order = sorted(range(len(prompts)), key=lambda index: -len(prompts[index]))
-    batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
-    answers = [""] * len(prompts)
     torch.manual_seed(seed)
     was_training = model.training
     model.eval()
     try:
-        with (
-            _own_settings_only(model),
-            _contiguous_output_layer(model),
-            Progress(console=console, disable=console is None or len(batches) < 2) as bar,
-        ):
-            task = bar.add_task("generating", total=len(prompts))
-            for batch in batches:
-                texts = _generate_batch(model, tokenizer, [prompts[index] for index in batch], config, streamer)
-                for index, text in zip(batch, texts, strict=True):
-                    answers[index] = text
-                bar.advance(task, len(batch))
+        with _own_settings_only(model), _contiguous_output_layer(model):
+            return _generate_batches(
+                model,
+                tokenizer,
+                prompts,
+                config,
+                batch_size=batch_size,
+                is_over=is_over,
+                console=console,
+                streamer=streamer,
+            )
     finally:
         model.train(was_training)
-    return answers
+
+
+def check_prompts(model: Any, prompts: Sequence[Sequence[int]], *, names: Sequence[str], max_new_tokens: int) -> None:
+    """Refuse prompts that are empty, or that leave the model fewer positions than an answer may take.
+
+    Args:
+        model: the causal language model.
+        prompts: token ids of each prompt.
+        names: how messages call each prompt.
+        max_new_tokens: upper limit of an answer.
+
+    Raises:
+        UserError: naming the first such prompt.
+    """
+    positions = max_positions(model.config)
+    for name, prompt in zip(names, prompts, strict=True):
+        if len(prompt) == 0:
+            raise UserError(f"{name} is empty. Give some text.")
+        # The last token of an answer is never read, so it needs no position.
+        room = None if positions is None else positions - len(prompt) + 1
+        if room is not None and room < 1:
+            raise UserError(
+                f"{name} has {len(prompt)} tokens, but the model has {positions} positions. Shorten the text."
+            )
+        if room is not None and room < max_new_tokens:
+            raise UserError(
+                f"max_new_tokens: {max_new_tokens} do not fit behind {name}, which has {len(prompt)} tokens, as the "
+                f"model has {positions} positions.\nSet max_new_tokens to at most {room}, or shorten the text."
+            )
 
 
 def stream_text(model: Any, tokenizer: PreTrainedTokenizerBase, prompt: Sequence[int], **settings: Any) -> str:
@@ -163,11 +205,39 @@ def stream_text(model: Any, tokenizer: PreTrainedTokenizerBase, prompt: Sequence
     return generate_texts(model, tokenizer, [prompt], batch_size=1, streamer=streamer, **settings)[0]
 
 
+def _generate_batches(
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Sequence[int]],
+    config: GenerationConfig,
+    *,
+    batch_size: int,
+    is_over: Callable[[str], bool] | None,
+    console: Console | None,
+    streamer: BaseStreamer | None,
+) -> list[str]:
+    # Longest first: if memory does not suffice, that shows in the first batch.
+    order = sorted(range(len(prompts)), key=lambda index: -len(prompts[index]))
+    batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+    answers = [""] * len(prompts)
+    with Progress(console=console, disable=console is None or len(batches) < 2) as bar:
+        task = bar.add_task("generating", total=len(prompts))
+        for batch in batches:
+            chosen = [prompts[index] for index in batch]
+            texts = _generate_batch(model, tokenizer, chosen, config, is_over=is_over, streamer=streamer)
+            for index, text in zip(batch, texts, strict=True):
+                answers[index] = text
+            bar.advance(task, len(batch))
+    return answers
+
+
 def _generate_batch(
     model: Any,
     tokenizer: PreTrainedTokenizerBase,
     prompts: list[Sequence[int]],
     config: GenerationConfig,
+    *,
+    is_over: Callable[[str], bool] | None,
     streamer: BaseStreamer | None,
 ) -> list[str]:
     length = max(len(prompt) for prompt in prompts)
@@ -177,9 +247,14 @@ def _generate_batch(
     for row, prompt in enumerate(prompts):
         ids[row, length - len(prompt) :] = torch.tensor(prompt, dtype=torch.long)
         mask[row, length - len(prompt) :] = 1
+    criteria = [] if is_over is None else [_AnswersAreOver(tokenizer, prompt_tokens=length, is_over=is_over)]
     with torch.inference_mode():
         output = model.generate(
-            input_ids=ids.to(device), attention_mask=mask.to(device), generation_config=config, streamer=streamer
+            input_ids=ids.to(device),
+            attention_mask=mask.to(device),
+            generation_config=config,
+            stopping_criteria=StoppingCriteriaList(criteria),
+            streamer=streamer,
         )
     return tokenizer.batch_decode(output[:, length:], skip_special_tokens=True)
 
@@ -232,14 +307,37 @@ def _make_contiguous(_module: Any, args: tuple[torch.Tensor, ...]) -> tuple[torc
     return (args[0].contiguous(), *args[1:])
 
 
-def _check_settings(
-    prompts: Sequence[Sequence[int]],
-    *,
-    max_new_tokens: int,
-    batch_size: int,
-    temperature: float | None,
-    top_p: float | None,
-) -> None:
+class _AnswersAreOver(StoppingCriteria):
+    """Marks the rows whose answer is over, so that generation ends with the last of them."""
+
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, *, prompt_tokens: int, is_over: Callable[[str], bool]
+    ) -> None:
+        self._tokenizer = tokenizer
+        self._prompt_tokens = prompt_tokens
+        self._is_over = is_over
+
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> Any:
+        # Decoding a batch of answers takes a few milliseconds, against a forward pass for every one of these calls.
+        texts = self._tokenizer.batch_decode(input_ids[:, self._prompt_tokens :], skip_special_tokens=True)
+        return torch.tensor([self._is_over(text) for text in texts], dtype=torch.bool, device=input_ids.device)
+
+
+def max_positions(config: PreTrainedConfig) -> int | None:
+    """The longest sequence a base model can read, None where its configuration names no limit.
+
+    Rotary embeddings that are stretched beyond the trained length (linear, dynamic, yarn) count as stretched.
+    """
+    text_config: Any = config.get_text_config()
+    limit = getattr(text_config, "max_position_embeddings", None)
+    if not isinstance(limit, int):
+        return None
+    rope = getattr(text_config, "rope_parameters", None) or {}
+    factor = rope.get("factor") if rope.get("rope_type") in ("linear", "dynamic", "yarn") else None
+    return limit if factor is None else max(limit, int(limit * factor))
+
+
+def _check_settings(*, max_new_tokens: int, batch_size: int, temperature: float | None, top_p: float | None) -> None:
     for name, value in (("max_new_tokens", max_new_tokens), ("batch_size", batch_size)):
         if value < 1:
             raise UserError(f"{name}: {value} is not allowed; give at least 1.")
@@ -249,9 +347,6 @@ def _check_settings(
         raise UserError("top_p: needs temperature; without it decoding is greedy.")
     if top_p is not None and not 0 < top_p <= 1:
         raise UserError(f"top_p: {top_p} is not allowed; give more than 0 and at most 1.")
-    for index, prompt in enumerate(prompts):
-        if len(prompt) == 0:
-            raise UserError(f"prompt {index + 1} is empty. Give some text.")
 
 
 def _adapter_tokenizer(path: Path) -> PreTrainedTokenizerBase:

@@ -110,6 +110,8 @@ def _message(error: Exception) -> str | None:
         return f"No permission: {error}\nChoose another file or folder, or change its permissions."
     if isinstance(error, FileNotFoundError | NotADirectoryError | IsADirectoryError | FileExistsError):
         return f"The file system refused: {error}\nCheck the path: a part of it is missing, or is no folder."
+    if isinstance(error, OSError) and error.filename is not None:
+        return f"The file system refused: {error}\nChoose another file or folder."
     return None
 
 

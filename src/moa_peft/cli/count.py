@@ -31,10 +31,10 @@ def count(
         moa count --model config.json --method lora --json
     """
     from moa_peft.base_models import load_config
+    from moa_peft.config import MoAConfig
     from moa_peft.counting import count_parameters
-    from moa_peft.methods import method_config
 
-    config = method_config(method, **{"task_type": "CAUSAL_LM"} | _knobs(context.args))
+    config = MoAConfig.preset(method, **{"task_type": "CAUSAL_LM"} | _knobs(context.args))
     counted = count_parameters(load_config(model), config)
     if as_json:
         typer.echo(json.dumps({"model": model, "method": method, **counted.to_dict()}, indent=2))

@@ -13,13 +13,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from moa_peft.errors import UserError
-from moa_peft.files import existing_parent
+from moa_peft.files import check_creatable
 
 if TYPE_CHECKING:
+    from rich.console import Console
     from rich.table import Table
 
     from moa_peft.data import Example
     from moa_peft.evaluation import Score
+    from moa_peft.generation import LoadedAdapter
     from moa_peft.intervals import Interval
 
 RESULTS_FILE = "results.json"
@@ -72,46 +74,24 @@ def evaluate(
 
     from rich.console import Console
 
-    from moa_peft.evaluation import score_numeric
-    from moa_peft.generation import LoadedAdapter, load_adapter
-
     sets = _load_sets(data, limit=limit)
-    is_adapter = (Path(model).expanduser() / "adapter_config.json").is_file()
-    if is_adapter:
-        loaded = load_adapter(model, base=base, dtype=dtype, trust_remote_code=trust_remote_code)  # type: ignore[arg-type]
-    elif base is not None:
-        raise UserError(f"--base: {model!r} is no adapter folder (no adapter_config.json), so it has no base model.")
-    else:
-        loaded = _load_base(model, dtype=dtype, trust_remote_code=trust_remote_code)
-    assert isinstance(loaded, LoadedAdapter)
-    chosen: Any = template or loaded.template or "alpaca"
+    loaded, kind = _load(model, base=base, dtype=dtype, trust_remote_code=trust_remote_code)
+    settings: dict[str, Any] = {
+        "model": model,
+        "kind": kind,
+        "base": base,
+        "data": dict(zip(sets, data, strict=True)),
+        "limit": limit,
+        "template": template or loaded.template or "alpaca",
+        "max_new_tokens": max_new_tokens,
+        "batch_size": batch_size,
+        "dtype": str(next(loaded.model.parameters()).dtype).removeprefix("torch."),
+        "decoding": "greedy",
+    }
     console = Console(stderr=True)
-    scores: dict[str, Score] = {}
-    for name, examples in sets.items():
-        console.print(f"{name}: {len(examples):,} questions", highlight=False, markup=False)
-        scores[name] = score_numeric(
-            loaded.model,
-            loaded.tokenizer,
-            examples,
-            template=chosen,
-            max_new_tokens=max_new_tokens,
-            batch_size=batch_size,
-            console=console,
-        )
+    scores = _score_sets(loaded, sets, settings, console)
     Console().print(_table(scores, title=model))
     if output is not None:
-        settings = {
-            "model": model,
-            "kind": "adapter" if is_adapter else "base model",
-            "base": base,
-            "data": dict(zip(sets, data, strict=True)),
-            "limit": limit,
-            "template": chosen,
-            "max_new_tokens": max_new_tokens,
-            "batch_size": batch_size,
-            "dtype": str(next(loaded.model.parameters()).dtype).removeprefix("torch."),
-            "decoding": "greedy",
-        }
         _write(output, settings, scores)
         console.print(f"Saved in {output}.", highlight=False, markup=False)
 
@@ -131,10 +111,10 @@ def _check_options(*, template: str | None, dtype: str, batch_size: int, max_new
 
 def _check_output(folder: Path, *, overwrite: bool) -> None:
     """Refuse to touch what exists, unless it is an earlier evaluation and may be replaced."""
+    check_creatable(folder, setting="--output")
     if folder.exists() and not folder.is_dir():
         raise UserError(f"--output: {str(folder)!r} is a file. Give a folder.")
-    if not os.access(existing_parent(folder), os.W_OK):
-        raise UserError(f"--output: {str(folder)!r} cannot be written. Give another folder.")
+    check_creatable(folder.resolve().parent, setting="--output")
     if not folder.is_dir() or not any(folder.iterdir()):
         return
     if not overwrite:
@@ -173,16 +153,44 @@ def _load_sets(files: list[str], *, limit: int | None) -> dict[str, list[Example
     return sets
 
 
-def _load_base(model: str, *, dtype: str, trust_remote_code: bool) -> Any:
+def _load(model: str, *, base: str | None, dtype: str, trust_remote_code: bool) -> tuple[LoadedAdapter, str]:
+    """The model with its tokenizer, and whether it is an adapter or a base model."""
     import torch
 
     from moa_peft.base_models import load_model, load_tokenizer
-    from moa_peft.generation import LoadedAdapter
+    from moa_peft.generation import LoadedAdapter, load_adapter
 
+    options: dict[str, Any] = {"dtype": dtype, "trust_remote_code": trust_remote_code}
+    if (Path(model).expanduser() / "adapter_config.json").is_file():
+        return load_adapter(model, base=base, **options), "adapter"
+    if base is not None:
+        raise UserError(f"--base: {model!r} is no adapter folder (no adapter_config.json), so it has no base model.")
     tokenizer = load_tokenizer(model, trust_remote_code=trust_remote_code)
-    base: Any = load_model(model, dtype=dtype, trust_remote_code=trust_remote_code)  # type: ignore[arg-type]
+    plain: Any = load_model(model, **options)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    return LoadedAdapter(model=base.to(device).eval(), tokenizer=tokenizer, template=None)
+    return LoadedAdapter(model=plain.to(device).eval(), tokenizer=tokenizer, template=None), "base model"
+
+
+def _score_sets(
+    loaded: LoadedAdapter, sets: dict[str, list[Example]], settings: dict[str, Any], console: Console
+) -> dict[str, Score]:
+    from moa_peft.evaluation import check_lengths, score_numeric
+
+    options = {name: settings[name] for name in ("template", "max_new_tokens")}
+    for examples in sets.values():
+        check_lengths(loaded.model, loaded.tokenizer, examples, **options)
+    scores: dict[str, Score] = {}
+    for name, examples in sets.items():
+        console.print(f"{name}: {len(examples):,} questions", highlight=False, markup=False)
+        scores[name] = score_numeric(
+            loaded.model,
+            loaded.tokenizer,
+            examples,
+            **options,
+            batch_size=settings["batch_size"],
+            console=console,
+        )
+    return scores
 
 
 def _table(scores: dict[str, Score], *, title: str) -> Table:
@@ -219,7 +227,8 @@ def _write(folder: Path, settings: dict[str, Any], scores: dict[str, Score]) -> 
         "versions": library_versions(),
         "scores": {name: score.to_dict() for name, score in scores.items()},
     }
-    folder = folder.absolute()
+    # A link to a folder stays a link: what it points to is replaced.
+    folder = folder.resolve()
     staging = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
     staging.mkdir(parents=True)
     try:

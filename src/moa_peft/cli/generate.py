@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from moa_peft.errors import UserError
+from moa_peft.files import check_creatable, write_atomically
 
 if TYPE_CHECKING:
     from moa_peft.generation import LoadedAdapter
@@ -55,10 +56,8 @@ def generate(
     """
     if prompt is not None and input is not None:
         raise UserError("generate: a prompt and --input are both given. Keep one.")
-    if output is not None and output.exists() and not overwrite:
-        raise UserError(f"--output: {str(output)!r} exists. Give another name, or --overwrite to replace it.")
-    if output is not None and not output.absolute().parent.is_dir():
-        raise UserError(f"--output: the folder {str(output.absolute().parent)!r} does not exist. Create it first.")
+    if output is not None:
+        _check_output(output, overwrite=overwrite)
     _check_choice("--template", template, (None, "alpaca", "chat"))
     _check_choice("--dtype", dtype, ("auto", "float32", "bfloat16", "float16"))
     if sample and temperature is None:
@@ -80,6 +79,7 @@ def generate(
     chosen: Any = template or loaded.template or "alpaca"
     prompts = [render_prompt(question, loaded.tokenizer, template=chosen) for question in questions]
     settings["end_ids"] = end_token_ids(loaded.tokenizer, template=chosen)
+    settings["names"] = ["the prompt" if isinstance(question, str) else question.where for question in questions]
     if input is None and output is None and sys.stdout.isatty():
         stream_text(loaded.model, loaded.tokenizer, prompts[0], **settings)
         return
@@ -89,7 +89,25 @@ def generate(
     _write(answers, questions, loaded, as_rows=input is not None or output is not None, output=output)
 
 
+def _check_output(file: Path, *, overwrite: bool) -> None:
+    """Refuse a file that exists, or that could not be written, before the model is loaded."""
+    check_creatable(file, setting="--output")
+    if file.exists() and not file.is_file():
+        raise UserError(
+            f"--output: {str(file)!r} is no file. Give the name of a file, or leave it out for the screen."
+        )
+    if file.exists() and not overwrite:
+        raise UserError(f"--output: {str(file)!r} exists. Give another name, or --overwrite to replace it.")
+    folder = file.absolute().parent
+    if not folder.is_dir():
+        raise UserError(f"--output: the folder {str(folder)!r} does not exist. Create it first.")
+    # The answers are written beside the file first, so replacing it takes permission in its folder.
+    check_creatable(folder, setting="--output")
+
+
 def _questions(prompt: str | None, file: Path | None, limit: int | None) -> list[Any]:
+    from moa_peft.data.formats import check_characters
+
     if file is not None:
         from moa_peft.data import load_examples
 
@@ -100,17 +118,19 @@ def _questions(prompt: str | None, file: Path | None, limit: int | None) -> list
             raise UserError(
                 'generate: no prompt. Write one: moa generate ADAPTER "...", or pipe a text, or use --input.'
             )
-        text = sys.stdin.read()
+        try:
+            text = sys.stdin.read()
+        except UnicodeDecodeError as error:
+            raise UserError(f"generate: standard input is not UTF-8 text ({error.reason}); convert it.") from error
     if not text.strip():
         raise UserError("generate: the prompt is empty. Write one, or use --input FILE.")
+    check_characters(text, "generate: the prompt")
     return [text.strip()]
 
 
 def _write(
     answers: list[str], questions: list[Any], loaded: LoadedAdapter, *, as_rows: bool, output: Path | None
 ) -> None:
-    from moa_peft.files import write_atomically
-
     if not as_rows:
         typer.echo(answers[0])
         return

@@ -118,7 +118,7 @@ def _prompt_completion(prompt: Any, completion: Any, where: str) -> tuple[list[M
         if not prompt.strip():
             raise UserError(f"{where}: prompt is empty; give the row a question or remove it.")
         answer = [] if completion is None else [Message("assistant", _text(completion, "completion", where))]
-        return [Message("user", prompt), *answer], 1
+        return [Message("user", _text(prompt, "prompt", where)), *answer], 1
     context = _messages(prompt, "prompt", where)
     return context + ([] if completion is None else _messages(completion, "completion", where)), len(context)
 
@@ -153,8 +153,10 @@ def _check_conversation(messages: list[Message], where: str, require_answer: boo
 
 
 def _reference(value: Any, where: str) -> str | None:
-    if value is None or isinstance(value, str):
-        return value
+    if value is None:
+        return None
+    if isinstance(value, str):
+        return _text(value, "answer", where)
     if isinstance(value, bool):
         return "true" if value else "false"
     if isinstance(value, int | float):
@@ -162,9 +164,32 @@ def _reference(value: Any, where: str) -> str | None:
     raise UserError(f"{where}: answer must be text, a number or a truth value, not {_describe(value)}.")
 
 
+def check_characters(text: str, name: str) -> None:
+    """Refuse lone surrogates, which are half of a character: no tokenizer takes them, and no file can hold them.
+
+    JSON can write them (`"\\ud800"`), and Python reads bytes of the command line that are no UTF-8 as such.
+
+    Args:
+        text: any text.
+        name: how the message names it.
+
+    Raises:
+        UserError: with the place of the first one.
+    """
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        half = f"\\u{ord(text[error.start]):04x}"
+        raise UserError(
+            f"{name} has {half} at position {error.start + 1}, half of a surrogate pair and no character. Write the "
+            "text as UTF-8, or remove it there."
+        ) from error
+
+
 def _text(value: Any, name: str, where: str) -> str:
     if not isinstance(value, str):
         raise UserError(f"{where}: {name} must be text, not {_describe(value)}.")
+    check_characters(value, f"{where}: {name}")
     return value
 
 

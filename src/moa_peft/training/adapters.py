@@ -17,6 +17,15 @@ from moa_peft.training.recipe import TrainRecipe
 
 CUSTOM = "custom"
 
+# Fields of every PEFT configuration that a run sets itself.
+_SET_BY_RUN = {
+    "task_type": "`moa train` trains causal language models",
+    "inference_mode": "it would leave nothing to train",
+    "peft_type": "the key method says which adapters are trained",
+    "base_model_name_or_path": "the key model says which model is the base",
+    "revision": "write it outside the block moa, beside model",
+}
+
 
 def adapter_config(recipe: TrainRecipe) -> PeftConfig:
     """The PEFT configuration that a recipe's `method` and `moa:` block describe.
@@ -27,6 +36,9 @@ def adapter_config(recipe: TrainRecipe) -> PeftConfig:
     Raises:
         UserError: an unknown method or key, or a value that the method refuses.
     """
+    for key, reason in _SET_BY_RUN.items():
+        if key in recipe.moa:
+            raise UserError(f"moa.{key}: {recipe.moa[key]!r} cannot be set here; {reason}. Remove the key.")
     knobs: dict[str, Any] = {"task_type": "CAUSAL_LM", **recipe.moa}
     if recipe.options.init_from is not None:
         knobs["init_from"] = recipe.options.init_from

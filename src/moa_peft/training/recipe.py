@@ -8,12 +8,11 @@ method. On the command line a key in a block is written `--data.limit 100`, `--m
 from __future__ import annotations
 
 import difflib
-import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import torch
 import yaml
@@ -21,6 +20,7 @@ from transformers import HfArgumentParser
 
 from moa_peft.errors import UserError
 from moa_peft.training.arguments import MoATrainingArguments
+from moa_peft.training.option_checks import check_best_model, check_ranges, check_value
 
 OWNED_BY_RUN = {
     "resume_from_checkpoint": "write resume: true (or --resume) to go on from the last checkpoint",
@@ -53,11 +53,13 @@ class DataOptions:
     )
 
     def __post_init__(self) -> None:
-        _check(self.max_length >= 2, "data.max_length", self.max_length, "at least 2")
-        _check(self.limit is None or self.limit >= 1, "data.limit", self.limit, "at least 1, or null for all rows")
+        check_value(self.max_length >= 2, "data.max_length", self.max_length, "at least 2")
+        check_value(
+            self.limit is None or self.limit >= 1, "data.limit", self.limit, "at least 1, or null for all rows"
+        )
         size = self.validation_size
-        _check(size >= 0, "data.validation_size", size, "0 for none, a share below 1, or a whole number of rows")
-        _check(
+        check_value(size >= 0, "data.validation_size", size, "0 for none, a share below 1, or a whole number of rows")
+        check_value(
             size < 1 or size == int(size), "data.validation_size", size, "a share below 1 or a whole number of rows"
         )
         if not 0 < size < 1:
@@ -136,6 +138,10 @@ class TrainRecipe:
                 f"eval_strategy: {given['eval_strategy']!r} needs validation rows, but data.validation_size is 0.\n"
                 "Set data.validation_size (for example 0.05), or eval_strategy: no"
             )
+        check_best_model(given, has_validation=has_validation)
+        if given.get("push_to_hub"):
+            # The trainer's own default would be the name of the folder of the checkpoints.
+            given.setdefault("hub_model_id", checkpoints.absolute().parent.name)
         try:
             return MoATrainingArguments(output_dir=str(checkpoints), **given)
         except (ValueError, TypeError, ImportError) as error:
@@ -195,7 +201,7 @@ def parse_recipe(content: Mapping[str, Any], *, overrides: Sequence[str] = ()) -
     )
     if recipe.options.overwrite and recipe.options.resume:
         raise UserError("recipe: overwrite and resume are both set. Keep the one you mean.")
-    _check_trainer(recipe.trainer)
+    check_ranges(recipe.trainer)
     if recipe.trainer.get("save_total_limit") == 1:
         raise UserError("save_total_limit: 1 could delete the last checkpoint when another one is the best. Use 2.")
     return recipe
@@ -248,7 +254,13 @@ def _convert(dataclass_type: Any, values: Mapping[str, Any], *, prefix: str) -> 
     if required:
         names = ", ".join(prefix + name for name in required)
         raise UserError(f"recipe: {names} must be set (in the file, or as --{prefix}{required[0]} VALUE).")
+    hints = get_type_hints(dataclass_type)
+    for key, value in given.items():
+        _check_kind(prefix + key, value, hints[key], is_own=dataclass_type in (RecipeOptions, DataOptions))
     converted = {key: value for key, value in given.items() if isinstance(value, dict | list)}
+    choices = {action.dest: action.choices or () for action in parser._actions}
+    # YAML 1.1 reads the bare words no and off as false.
+    given = {key: "no" if value is False and "no" in choices[key] else value for key, value in given.items()}
     words = [f"--{key}={_word(value)}" for key, value in given.items() if key not in converted]
     for action in parser._actions:
         action.required = False
@@ -257,6 +269,16 @@ def _convert(dataclass_type: Any, values: Mapping[str, Any], *, prefix: str) -> 
     except UserError as error:
         raise UserError("recipe: " + re.sub(r"^argument --([^/:]+)[^:]*", prefix + r"\1", str(error))) from error
     return {key: converted.get(key, getattr(namespace, key)) for key in given}
+
+
+def _check_kind(name: str, value: Any, hint: Any, *, is_own: bool) -> None:
+    """Lists and blocks only where the option takes them; text keys of our own are not made of numbers silently."""
+    kinds = {get_origin(item) or item for item in (get_args(hint) or (hint,))}
+    if isinstance(value, dict | list) and type(value) not in kinds:
+        found = "a block of 'key: value' lines" if isinstance(value, dict) else "a list"
+        raise UserError(f"{name}: {value!r} is {found}; give a single value.")
+    if is_own and kinds <= {str, type(None)} and not isinstance(value, str):
+        raise UserError(f"{name}: {value!r} is no text. If it is meant as one, write it in quotes: '{_word(value)}'")
 
 
 def _word(value: Any) -> str:
@@ -309,29 +331,6 @@ def _reject_unknown(given: Mapping[str, Any], known: set[str], *, prefix: str) -
             found = (same or near or [None])[0]
             hint = f"Did you mean {found!r}?" if found else "`moa train --help` lists the keys."
             raise UserError(f"recipe: unknown key {prefix + str(key)!r}. {hint}")
-
-
-def _check_trainer(given: Mapping[str, Any]) -> None:
-    """Ranges of the trainer's options that it would fail on late, or train on with a wrong meaning."""
-    for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
-        _check(given.get(name, 1) >= 1, name, given.get(name), "at least 1")
-    for name in ("learning_rate", "router_learning_rate", "weight_decay", "max_grad_norm"):
-        value = given.get(name)
-        _check(value is None or 0 <= value < math.inf, name, value, "a number of at least 0")
-    for name in ("adam_beta1", "adam_beta2"):
-        _check(0 <= given.get(name, 0.0) < 1, name, given.get(name), "a number of at least 0 and below 1")
-    for name in ("seed", "data_seed"):
-        value = given.get(name)
-        _check(value is None or 0 <= value < 2**32, name, value, "0 to 4294967295")
-    smoothing = given.get("label_smoothing_factor", 0.0)
-    _check(0 <= smoothing < 1, "label_smoothing_factor", smoothing, "a number of at least 0 and below 1")
-    epochs = given.get("num_train_epochs", 1)
-    _check(epochs > 0, "num_train_epochs", epochs, "more than 0")
-
-
-def _check(holds: bool, name: str, value: Any, allowed: str) -> None:
-    if not holds:
-        raise UserError(f"{name}: {value!r} is not allowed; give {allowed}.")
 
 
 def _describe(value: Any) -> str:

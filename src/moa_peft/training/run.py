@@ -8,12 +8,12 @@ import time
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import PartialState
+from huggingface_hub.errors import HfHubHTTPError
 from peft import PeftConfig
 from rich.console import Console
 from transformers import PreTrainedTokenizerBase, PrinterCallback, TrainerCallback, set_seed
@@ -27,19 +27,20 @@ from moa_peft.data import (
     split_validation,
     tokenize_examples,
 )
+from moa_peft.environment import library_versions
 from moa_peft.errors import UserError
 from moa_peft.files import move_files
+from moa_peft.generation import max_positions
 from moa_peft.meta_model import adapter_on_meta
 from moa_peft.training.adapters import adapter_config, build_model, router_parameters
 from moa_peft.training.arguments import MoATrainingArguments
 from moa_peft.training.card import add_run_to_card
 from moa_peft.training.interrupts import StopOnSignal, TrainingInterrupted
+from moa_peft.training.option_checks import check_hub, check_optimizer
 from moa_peft.training.progress import TrainingProgress
 from moa_peft.training.recipe import TrainRecipe
-from moa_peft.training.run_folder import RECIPE_FILE, RunFolder, check_disk_space
+from moa_peft.training.run_folder import RECIPE_FILE, STAGING, TENSORBOARD, RunFolder, check_disk_space
 from moa_peft.training.trainer import MoATrainer
-
-_VERSIONS_OF = ("moa-peft", "torch", "transformers", "peft", "accelerate", "trl", "datasets")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,14 +127,14 @@ def train(
             router_parameters=router_parameters(model),
             prompt_mask=getattr(prepared.config, "granularity", "token") == "sequence",
         )
-    except (ValueError, RuntimeError, ImportError) as error:
-        # Such as report_to with a tracker that is not installed.
+    except (ValueError, RuntimeError, ImportError, HfHubHTTPError) as error:
+        # Such as report_to with a tracker that is not installed, or a hub_model_id that belongs to someone else.
         raise UserError(f"recipe: the trainer refuses its options: {error}") from error
     # The trainer's own printing of every log line, which comes with the switched-off tqdm bar.
     trainer.remove_callback(PrinterCallback)
     for callback in trainer.callback_handler.callbacks:
         if isinstance(callback, TensorBoardCallback) and callback.logging_dir is None:
-            callback.logging_dir = str(folder.path / "tensorboard")
+            callback.logging_dir = str(folder.path / TENSORBOARD)
     PartialState().wait_for_everyone()
     checkpoint = _open(recipe, folder, record, console) if is_main else None
     PartialState().wait_for_everyone()
@@ -159,7 +160,11 @@ def _prepare(recipe: TrainRecipe, folder: RunFolder) -> _Prepared:
     has_validation = data.validation_size > 0
     arguments = recipe.training_arguments(checkpoints=folder.checkpoints, has_validation=has_validation)
     remote = {"trust_remote_code": options.trust_remote_code, "revision": options.revision}
-    trainable, _ = adapter_on_meta(config, load_config(options.model, **remote)).get_nb_trainable_parameters()
+    base_config = load_config(options.model, **remote)
+    on_meta = adapter_on_meta(config, base_config)
+    trainable, _ = on_meta.get_nb_trainable_parameters()
+    check_optimizer(arguments, on_meta)
+    check_hub(arguments)
     check_disk_space(
         folder.path,
         trainable_parameters=trainable,
@@ -184,6 +189,13 @@ def _prepare(recipe: TrainRecipe, folder: RunFolder) -> _Prepared:
         raise UserError(
             f"data.path: no row of {data.path!r} is left to train on.\n{report.summary()}\n"
             "Raise data.max_length, or check the answers."
+        )
+    positions = max_positions(base_config)
+    longest = max(max(rows["length"]) for rows in (train_rows, validation_rows) if rows is not None)
+    if positions is not None and longest > positions:
+        raise UserError(
+            f"data.max_length: {data.max_length} allows a row of {longest} tokens, but {options.model!r} has "
+            f"{positions} positions.\nSet data.max_length: {positions} or less."
         )
     return _Prepared(
         arguments=arguments,
@@ -245,13 +257,14 @@ def _train_and_save(
 
 def _save(trainer: MoATrainer, folder: RunFolder, record: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> None:
     """Write adapter, tokenizer and card to a temporary folder, then move them to the top of the run's folder."""
-    staging = folder.path / ".saving"
+    staging = folder.path / STAGING
     try:
         trainer.save_model(str(staging))
         if trainer.args.process_index == 0:
             tokenizer.save_pretrained(staging)
             (staging / "training_args.bin").unlink(missing_ok=True)
             add_run_to_card(staging, record)
+            folder.announce_files(file.name for file in staging.iterdir())
             move_files(staging, folder.path)
     except BaseException:
         shutil.rmtree(staging, ignore_errors=True)
@@ -290,7 +303,7 @@ def _first_record(recipe: TrainRecipe, prepared: _Prepared, *, trainable: int, t
             "train": prepared.report.to_dict(),
             "validation": None if validation_report is None else validation_report.to_dict(),
         },
-        "versions": {"python": platform.python_version(), **_versions()},
+        "versions": library_versions(),
         "hardware": {
             "device": str(arguments.device),
             "name": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine(),
@@ -299,14 +312,6 @@ def _first_record(recipe: TrainRecipe, prepared: _Prepared, *, trainable: int, t
         },
         "timings": {"prepare_s": prepared.seconds},
     }
-
-
-def _versions() -> dict[str, str]:
-    found = {}
-    for name in _VERSIONS_OF:
-        with suppress(PackageNotFoundError):
-            found[name] = version(name)
-    return found
 
 
 def _record_failure(folder: RunFolder, error: BaseException, trainer: MoATrainer) -> None:
