@@ -118,6 +118,7 @@ FAMILIES = [
     Family("mistral"),
     Family("qwen2"),
     Family("qwen3"),
+    Family("gemma"),
     Family("gemma2"),
     Family("gemma3_text"),
     Family("gemma3"),

@@ -1,5 +1,7 @@
 """Several adapters in one model: different configurations, sums, and names that would collide in files."""
 
+import warnings
+
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
@@ -152,9 +154,25 @@ def test_saving_is_complete_beside_a_second_adapter(name, tmp_path):
     assert torch.equal(logits(again), expected)
 
 
+@pytest.mark.parametrize("name", ["m", "o", "a", "oa"])
+def test_names_within_the_prefix_work_though_peft_warns_of_them(name, tmp_path):
+    with pytest.warns(UserWarning, match="should not be contained in the prefix"):
+        model = get_peft_model(tiny_model("llama"), soft(), adapter_name=name)
+    randomise_adapter(model)
+    model.add_adapter("second", soft(rank=3))
+    model.save_pretrained(tmp_path)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*missing adapter keys.*")
+        warnings.filterwarnings("ignore", message=".*contained in the prefix.*")
+        again = PeftModel.from_pretrained(tiny_model("llama"), tmp_path / name, adapter_name=name)
+    assert torch.equal(logits(again), logits(model.eval()))
+    model.delete_adapter(name)
+    assert not [key for key in model.state_dict() if f".{name}." in key]
+
+
 def test_a_name_that_is_taken_is_refused():
     model = trained()
     expected = logits(model)
-    with pytest.raises(UserError, match="already has an adapter called 'default'"):
+    with pytest.raises(UserError, match=r"already has an adapter called 'default'.*delete_adapter.*unload\(\)"):
         get_peft_model(model.base_model.model, soft())
     assert torch.equal(logits(model), expected)

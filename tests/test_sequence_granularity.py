@@ -3,6 +3,7 @@
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
+from transformers import GenerationConfig
 
 from moa_peft import MoAConfig, UserError, record_routing
 from moa_peft.pooling import plan_pooling, prompt_mask
@@ -80,6 +81,25 @@ def test_generation_equals_scoring_the_text_with_its_prompt():
     with torch.no_grad():
         scored = model(input_ids=out.sequences, prompt_mask=mask).logits[:, 4:-1]
     torch.testing.assert_close(torch.stack(out.logits, 1), scored, atol=1e-4, rtol=1e-4)
+
+
+def test_a_conversation_keeps_the_routing_of_its_first_prompt():
+    """Further turns on the cache of the first: what the cache holds was computed with that routing."""
+    model = sequence_model()
+    first = tiny_batch(rows=2, tokens=5)["input_ids"]
+    out = model.generate(
+        input_ids=first, attention_mask=torch.ones_like(first), **GREEDY, return_dict_in_generate=True
+    )
+    further = torch.cat([out.sequences, tiny_batch(rows=2, tokens=3, seed=4)["input_ids"]], dim=1)
+    arguments = {"input_ids": further, "attention_mask": torch.ones_like(further), **GREEDY}
+    answer = model.generate(
+        **arguments, past_key_values=out.past_key_values, output_logits=True, return_dict_in_generate=True
+    )
+    mask = torch.zeros_like(answer.sequences)
+    mask[:, :5] = 1
+    with torch.no_grad():
+        scored = model(input_ids=answer.sequences, prompt_mask=mask).logits[:, further.shape[1] - 1 : -1]
+    torch.testing.assert_close(torch.stack(answer.logits, 1), scored, atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("cache", ["dynamic", "static"])
@@ -175,6 +195,43 @@ class TestRefusals:
             cache = model(input_ids=ids, use_cache=True).past_key_values
         with pytest.raises(UserError, match="no routing"):
             model(input_ids=ids[:, :1], past_key_values=cache)
+
+    @pytest.mark.parametrize(("tokens", "size"), [(5, 2), (5, 4), (3, 1)])
+    @pytest.mark.parametrize("where", ["argument", "generation_config"])
+    def test_a_prompt_in_chunks(self, tokens: int, size: int, where: str):
+        model = sequence_model()
+        ids = tiny_batch(tokens=tokens)["input_ids"]
+        if where == "argument":
+            settings = {**GREEDY, "prefill_chunk_size": size}
+        else:
+            settings = {"generation_config": GenerationConfig(**GREEDY, prefill_chunk_size=size)}
+        with pytest.raises(UserError, match="prefill_chunk_size"):
+            model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), **settings)
+        with model.disable_adapter():
+            model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), **settings)
+
+    @pytest.mark.parametrize("cache", ["dynamic", "static"])
+    def test_a_prompt_in_chunks_without_a_peft_model(self, cache: str):
+        """transformers' own door, where generate is not ours to look into."""
+        model = sequence_model().get_base_model()
+        ids = tiny_batch(tokens=6)["input_ids"]
+        settings = {**GREEDY, "prefill_chunk_size": 4, "cache_implementation": cache}
+        with pytest.raises(UserError, match="prefill_chunk_size"):
+            model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), **settings)
+
+    def test_a_cache_that_holds_the_beginning_of_the_prompt(self):
+        model = sequence_model()
+        ids = tiny_batch(tokens=6)["input_ids"]
+        with torch.no_grad():
+            cache = model(input_ids=ids[:, :3], use_cache=True).past_key_values
+        with pytest.raises(UserError, match="in pieces"):
+            model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), past_key_values=cache, **GREEDY)
+
+    def test_proposed_tokens_beside_the_prompt(self):
+        model = sequence_model()
+        ids = tiny_batch(rows=1, tokens=3)["input_ids"].repeat(1, 3)
+        with pytest.raises(UserError, match="assisted generation"):
+            model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), prompt_lookup_num_tokens=2, **GREEDY)
 
     def test_a_mask_that_does_not_tell_padding(self):
         model = sequence_model()

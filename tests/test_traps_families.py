@@ -20,6 +20,7 @@ from moa_peft import MoAConfig, UserError
 from moa_peft.architectures import ARCHITECTURES
 from moa_peft.layer import MoALayer
 from tests.matrix import FAMILIES, Family, randomise_adapter
+from tests.models import FAMILIES as MODELS
 from tests.models import tiny_batch, tiny_config, tiny_model
 from tests.native import CAUSAL, footprint, logits, soft, trained
 
@@ -64,6 +65,15 @@ def _encoder_decoder() -> T5ForConditionalGeneration:
 
 def _state_space() -> torch.nn.Module:
     return AutoModelForCausalLM.from_config(MambaConfig(vocab_size=32, hidden_size=16, num_hidden_layers=1))
+
+
+def test_every_listed_family_has_a_column_of_the_matrix():
+    assert {family.name for family in FAMILIES} == set(MODELS)
+    model_types = set()
+    for name in MODELS:
+        config = tiny_config(name)
+        model_types |= {config.model_type, config.get_text_config().model_type}
+    assert set(ARCHITECTURES) <= model_types
 
 
 @pytest.mark.parametrize("make", [_encoder, _encoder_decoder, _state_space, foreign_model])

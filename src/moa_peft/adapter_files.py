@@ -32,9 +32,11 @@ def check_adapter_folder(folder: str | Path, base_config: PreTrainedConfig | Non
         UserError: a file is missing, truncated or no adapter; a tensor holds NaN or infinity; or the tensors do not
             fit the base model.
     """
+    from moa_peft.adapter_tensors import read_adapter_shapes
+
     path = Path(folder).expanduser()
     config = _read_config(path)
-    shapes = _check_tensors(path / WEIGHTS_FILE)
+    shapes = read_adapter_shapes(str(path))
     if base_config is not None:
         _check_fit(path, config, shapes, base_config)
     return config
@@ -66,48 +68,14 @@ def _raise_type(content: object) -> PeftConfig:
     raise TypeError(f"a mapping is expected, not {type(content).__name__}")
 
 
-def _check_tensors(file: Path) -> dict[str, torch.Size]:
-    import torch
-    from safetensors import SafetensorError, safe_open
-
-    shapes: dict[str, torch.Size] = {}
-    try:
-        with safe_open(file, framework="pt") as tensors:
-            for name in tensors.keys():  # noqa: SIM118 - safe_open offers keys() but is no mapping
-                tensor = tensors.get_tensor(name)
-                if tensor.is_floating_point() and not torch.isfinite(tensor).all():
-                    raise UserError(
-                        f"adapter: the tensor {name!r} in {str(file)!r} holds NaN or infinity.\n"
-                        "The training run diverged: use an earlier checkpoint, or train again with a lower "
-                        "learning_rate or max_grad_norm: 1.0."
-                    )
-                shapes[name] = tensor.shape
-    except SafetensorError as error:
-        raise UserError(
-            f"adapter: {str(file)!r} is truncated or damaged ({error}).\n"
-            "Copy or download the file again, or use another checkpoint."
-        ) from error
-    if not shapes:
-        raise UserError(f"adapter: {str(file)!r} holds no tensor. Save the adapter again.")
-    return shapes
-
-
 def _check_fit(path: Path, config: PeftConfig, shapes: dict[str, torch.Size], base_config: PreTrainedConfig) -> None:
-    expected = _expected_shapes(config, base_config)
-    wrong = [
-        f"  {name}: {tuple(shapes[name])} in the file, {tuple(expected[name])} for this base"
-        for name in sorted(shapes.keys() & expected.keys())
-        if shapes[name] != expected[name]
-    ]
-    unknown = [f"  {name}: not in this base" for name in sorted(shapes.keys() - expected.keys())]
-    missing = [f"  {name}: not in the file" for name in sorted(expected.keys() - shapes.keys())]
-    lines = [*wrong, *unknown, *missing]
-    if lines:
-        more = [f"  and {len(lines) - 4} more"] if len(lines) > 4 else []
+    from moa_peft.adapter_tensors import describe_misfits
+
+    misfits = describe_misfits(shapes, _expected_shapes(config, base_config))
+    if misfits:
         raise UserError(
-            f"adapter: {str(path)!r} does not fit a {base_config.model_type} base of this size:\n"
-            + "\n".join([*lines[:4], *more])
-            + f"\nIt was trained on {config.base_model_name_or_path!r}. Give that model with --base."
+            f"adapter: {str(path)!r} does not fit a {base_config.model_type} base of this size:\n{misfits}"
+            f"\nIt was trained on {config.base_model_name_or_path!r}. Give that model with --base."
         )
 
 

@@ -5,15 +5,13 @@ every tensor with a component that is the name of another adapter. A name that i
 therefore take tensors from other adapters' files, without a word.
 """
 
-import torch
 from torch import nn
 
+from moa_peft.adapter_tensors import mixture_shapes
 from moa_peft.config import MoAConfig
 from moa_peft.errors import UserError
-from moa_peft.experts import EXPERTS
 from moa_peft.layer import MoALayer
 from moa_peft.plan import Plan
-from moa_peft.routers import ROUTERS
 
 # What PEFT wraps around the modules of modules_to_save and of trained tokens, and around the model itself.
 _WRAPPERS = {"base_model", "model", "base_layer", "modules_to_save", "original_module", "token_adapter"}
@@ -60,12 +58,4 @@ def check_adapter_name(adapter_name: str, model: nn.Module, config: MoAConfig, p
 
 def _parts_of(config: MoAConfig, plan: Plan) -> set[str]:
     """The components of the names of a new adapter's tensors, but for its own name."""
-    assert config.router is not None
-    names = {*plan.blocks, *MoALayer.adapter_layer_names, "moa"}
-    with torch.device("meta"):
-        router = ROUTERS[config.router["type"]](1, 1, config.router_options())
-        names |= {name for name, _ in router.named_parameters()}
-        for slot in {slot.name: slot for slots in plan.blocks.values() for slot in slots}.values():
-            expert = EXPERTS[slot.expert_type](slot.shape, slot.options)
-            names |= {slot.name, *(name for name, _ in expert.named_parameters())}
-    return _WRAPPERS | {part for name in names for part in name.split(".")}
+    return _WRAPPERS | {part for name in mixture_shapes(config, plan, 1) for part in name.split(".")}

@@ -139,6 +139,7 @@ def plan_pooling(model: nn.Module, arguments: dict[str, Any]) -> Pooling:
     shape, device = source.shape[:2], source.device
     cache = arguments.get("past_key_values")
     if cache is not None and int(cache.get_seq_length()) > 0:
+        _check_prompt_was_whole(cache, shape[1], arguments)
         return Pooling(prompt=None)
     given, labels = arguments.get(PROMPT_MASK), arguments.get("labels")
     unmasked = _unmasked(arguments.get("attention_mask"), shape, device)
@@ -169,7 +170,48 @@ def plan_pooling(model: nn.Module, arguments: dict[str, Any]) -> Pooling:
             "granularity 'sequence' without a cache would pool over the tokens generated so far: use_cache is False. "
             f"Generate with use_cache=True; to score a text, pass labels or {PROMPT_MASK}."
         )
+    if labels is None and cache is not None and _logits_kept(arguments) > 1:
+        raise UserError(
+            "granularity 'sequence' cannot start assisted generation (assistant_model, prompt_lookup_num_tokens): its "
+            f"first forward holds proposed tokens beside the prompt. Generate without, or pass {PROMPT_MASK}."
+        )
     return Pooling(unmasked, segments)
+
+
+def check_generation(arguments: dict[str, Any]) -> None:
+    """Refuse what `generate` is told to do with the prompt before it starts.
+
+    Args:
+        arguments: its arguments by name.
+
+    Raises:
+        UserError: for a prompt that is to come in chunks.
+    """
+    size = getattr(arguments.get("generation_config"), "prefill_chunk_size", None)
+    size = arguments.get("prefill_chunk_size", size)
+    if size is not None:
+        raise UserError(
+            f"prefill_chunk_size is {size}, and granularity 'sequence' routes by the whole prompt, which the first "
+            "chunk does not show. Generate without prefill_chunk_size."
+        )
+
+
+def _check_prompt_was_whole(cache: Cache, tokens: int, arguments: dict[str, Any]) -> None:
+    """Refuse further prompt tokens where nothing has been decoded since the prompt that was pooled."""
+    # Decoding and the verification of proposed tokens keep the logits of every token of the call.
+    in_pieces = tokens > 1 and _logits_kept(arguments) == 1
+    if in_pieces and getattr(cache, "moa_prompt_length", None) == int(cache.get_seq_length()):
+        raise UserError(
+            "granularity 'sequence' routes by the whole prompt, and this one comes in pieces (prefill_chunk_size, or "
+            "a cache that holds its beginning): the first piece alone would decide. Generate from the whole prompt "
+            "with an empty cache and without prefill_chunk_size."
+        )
+
+
+def _logits_kept(arguments: dict[str, Any]) -> int:
+    """`logits_to_keep` as `generate` gives it; 0, for all, where it is not a number."""
+    kept = arguments.get("logits_to_keep", 0)
+    return kept if isinstance(kept, int) else 0
 
 
 def add_pooling(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], Any]:
@@ -216,14 +258,15 @@ def route_sequences(
         return Pooling(None).spread(stored, hidden.shape[1])
     routing = router(torch.bmm(pooling.matrix(hidden.dtype), hidden))
     if cache is not None and pooling.segments is None:
-        _keep(cache, key, routing)
+        _keep(cache, key, routing, hidden.shape[1])
     return pooling.spread(routing, hidden.shape[1])
 
 
-def _keep(cache: Cache, key: tuple[int, str], routing: Routing) -> None:
+def _keep(cache: Cache, key: tuple[int, str], routing: Routing, prompt_length: int) -> None:
     if not hasattr(cache, "moa_routings"):
         cache.moa_routings = {}  # type: ignore[attr-defined]
         cache.__class__ = _routed_cache(type(cache))
+    cache.moa_prompt_length = prompt_length  # type: ignore[attr-defined]
     cache.moa_routings[key] = routing  # type: ignore[attr-defined]
 
 

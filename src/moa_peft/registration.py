@@ -4,6 +4,7 @@ from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.utils import register_peft_method
 
 from moa_peft.config import MoAConfig
+from moa_peft.loading import guard_loading
 from moa_peft.peft_type import MOA
 from moa_peft.tuner import MoAModel
 
@@ -20,3 +21,4 @@ def register() -> None:
     if known is not None:
         raise RuntimeError(f"Another package has registered the PEFT method 'moa' ({known}); only one can be used.")
     register_peft_method(name="moa", config_cls=MoAConfig, model_cls=MoAModel)
+    guard_loading()
