@@ -11,6 +11,9 @@ from typing import Any, Literal
 from moa_peft.errors import UserError
 from moa_peft.fields import build_options, check_choice
 
+ATTENTION_INPUT = "attention input"
+"""Name of what the q, k and v projections read (and the router, where it reads the norm's output)."""
+
 ROLES = ("q", "k", "v", "o", "gate", "up", "down")
 
 
@@ -25,6 +28,7 @@ class Architecture:
             the same one. Roles that a family lacks are left out.
         mlp: module beside which the parallel adapter sits; or the two modules ``[first, last]`` whose input and output
             it uses, where a block has no MLP module.
+        glu: activation of an MLP that computes ``down(act(gate(x)) * up(x))`` and nothing else; None for other MLPs.
         norm: norm whose output attention reads; None where attention reads the residual stream itself (post-norm).
         key_value_layout: how prompt keys and values are cut from the projections: ``separate`` k and v layers, fused
             ``concatenated`` (q, k, v), or fused ``interleaved`` per head.
@@ -37,6 +41,7 @@ class Architecture:
     attention: str
     roles: dict[str, str] = field(default_factory=dict)
     mlp: str | list[str] | None = None
+    glu: str | None = None
     norm: str | None = None
     key_value_layout: Literal["separate", "concatenated", "interleaved"] = "separate"
     key_norm: str | None = None
@@ -52,6 +57,16 @@ class Architecture:
         if isinstance(self.mlp, list) and len(self.mlp) != 2:
             raise UserError(f"architecture.mlp is {self.mlp!r}; it must be one module name or [first, last].")
 
+    def input_of(self, path: str) -> str:
+        """What the module `path` reads: modules with the same answer may read the same tensor."""
+        roles = self.roles_of(path)
+        if any(role in ("q", "k", "v") for role in roles):
+            return ATTENTION_INPUT
+        first = self.mlp[0] if isinstance(self.mlp, list) else self.mlp
+        if path == first or any(role in ("gate", "up") for role in roles):
+            return "mlp input"
+        return path
+
     def roles_of(self, path: str) -> list[str]:
         """The roles that the linear layer `path` plays, in the canonical order."""
         return [role for role in ROLES if self.roles.get(role) == path]
@@ -65,6 +80,7 @@ def _llama_like(**changes: Any) -> Architecture:
         "attention": "self_attn",
         "roles": attention | mlp,
         "mlp": "mlp",
+        "glu": "mlp.act_fn",
         "norm": "input_layernorm",
         "key_norm": "k_norm",
     }
@@ -83,7 +99,7 @@ ARCHITECTURES: Mapping[str, Architecture] = {
     "olmo2": _llama_like(norm=None, key_norm=None, no_prompt=_FULL_WIDTH_KEY_NORM),
     # Expert layers are fused three-dimensional parameters; the roles of the MLP exist in dense blocks only.
     "qwen3_moe": _llama_like(),
-    "mixtral": _llama_like(roles=_SPARSE_MLP),
+    "mixtral": _llama_like(roles=_SPARSE_MLP, glu=None),
     "phi3": _llama_like(
         roles={
             **dict.fromkeys("qkv", "self_attn.qkv_proj"),
@@ -91,6 +107,7 @@ ARCHITECTURES: Mapping[str, Architecture] = {
             **dict.fromkeys(("gate", "up"), "mlp.gate_up_proj"),
             "down": "mlp.down_proj",
         },
+        glu=None,
         key_value_layout="concatenated",
     ),
     "phi": _llama_like(
@@ -100,6 +117,7 @@ ARCHITECTURES: Mapping[str, Architecture] = {
             "up": "mlp.fc1",
             "down": "mlp.fc2",
         },
+        glu=None,
         key_norm="k_layernorm",
     ),
     "gpt_neox": Architecture(

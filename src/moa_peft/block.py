@@ -6,13 +6,13 @@ again with the tensors of its own call, which a hook around the block would not.
 """
 
 import functools
-import types
 from typing import Any
 
 from torch import nn
 
 from moa_peft.layer import MoALayer
 from moa_peft.pooling import ARGUMENT
+from moa_peft.swapped_class import restore_class, swap_class, swapped_class
 
 CHILD = "moa"
 """Name of the tuner layer in its block. It must not contain the prefix ``moa_``, by which PEFT finds containers."""
@@ -34,41 +34,18 @@ def routed_class(block_class: type[nn.Module]) -> type[nn.Module]:
             layer.finish()
         return output
 
-    def reduce(self: nn.Module, protocol: Any) -> tuple[Any, ...]:
-        # The class stands under its name in no module, so pickle and copy find it through the class it routes for.
-        _, _, *state = block_class.__reduce_ex__(self, protocol)
-        return (_new_routed, (block_class,), *state)
-
-    names = {
-        "forward": functools.wraps(block_class.forward)(forward),
-        "__reduce_ex__": reduce,
-        "__module__": block_class.__module__,
-    }
-    return type(block_class.__name__, (block_class,), names)
-
-
-def _new_routed(block_class: type[nn.Module]) -> nn.Module:
-    routed = routed_class(block_class)
-    return routed.__new__(routed)
+    return swapped_class(block_class, forward, routed_class)
 
 
 def install(block: nn.Module, layer: MoALayer) -> None:
     """Give `block` its tuner layer and the class that routes."""
     block.add_module(CHILD, layer)
-    block.__class__ = routed_class(type(block))
-    _rebind_device_hook(block)
+    swap_class(block, routed_class)
 
 
 def uninstall(block: nn.Module) -> None:
     """Take the tuner layer, its hooks and the class away again."""
-    layer = getattr(block, CHILD)
+    layer: MoALayer = getattr(block, CHILD)
     layer.remove_hooks()
     delattr(block, CHILD)
-    block.__class__ = type(block).__mro__[1]
-    _rebind_device_hook(block)
-
-
-def _rebind_device_hook(block: nn.Module) -> None:
-    # accelerate replaces ``forward`` on the instance and keeps the one it found: that must be the class's present one.
-    if "_old_forward" in block.__dict__:
-        block.__dict__["_old_forward"] = types.MethodType(type(block).forward, block)
+    restore_class(block)

@@ -3,10 +3,12 @@
 It holds the router and the experts of every adapter, routes when the block runs, and adds each expert's output at its
 site through hooks on the block's own modules, which stay untouched. Routings live from the start to the end of one
 block forward; nothing survives it.
+
+Experts act on one of two paths, equal in value and gradient: the plain one, each expert's own forward, and the fused
+one of `moa_peft.fused_path`.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -16,26 +18,16 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from moa_peft.architectures import Architecture
+from moa_peft.call import Call, Calls, Site
 from moa_peft.config import MoAConfig
 from moa_peft.experts import EXPERTS, PromptExpert
+from moa_peft.fused_path import FusedPath
+from moa_peft.mixture import Mixture
 from moa_peft.plan import Slot, norm_name, submodule
 from moa_peft.pooling import Pooling, route_sequences
 from moa_peft.prompt_attention import PROMPT_SITE, PromptSite
 from moa_peft.routers import ROUTERS, Router
 from moa_peft.routing import Routing
-
-
-@dataclass(frozen=True)
-class Mixture:
-    """What the layer knows of one adapter besides its tensors."""
-
-    slots: tuple[Slot, ...]
-    router_input: str
-    granularity: str
-
-    def at(self, reads: str, adds_to: str) -> list[tuple[int, Slot]]:
-        """Columns and slots of the experts between two modules of the block."""
-        return [(column, slot) for column, slot in enumerate(self.slots) if slot.modules == (reads, adds_to)]
 
 
 class MoALayer(nn.Module, BaseTunerLayer):
@@ -59,15 +51,13 @@ class MoALayer(nn.Module, BaseTunerLayer):
         self.norm_name = norm_name(architecture, block)
         # Outside the registry of children: the block owns this layer, not the other way round.
         vars(self)["block"] = block
-        self._routings: dict[str, Routing] = {}
-        self._site_inputs: dict[tuple[str, str], torch.Tensor] = {}
-        self._cache: Any = None
-        self._pooling: Pooling | None = None
-        self._prompt_ran = False
+        self.calls = Calls()
+        self.fused_path = FusedPath(self)
         self.recorder: Callable[[str, Routing], None] | None = None
         self._handles: dict[tuple[str, str, str], Any] = {}
         if self.norm_name is not None:
             self._hook("norm", self.norm_name, self.norm_name)
+        self.fused_path.install()
 
     # Adapters
 
@@ -84,7 +74,7 @@ class MoALayer(nn.Module, BaseTunerLayer):
             experts[slot.name] = expert
         self.moa_router[adapter_name] = router
         self.moa_experts[adapter_name] = experts
-        self.mixtures[adapter_name] = Mixture(slots, config.router_input, config.granularity)
+        self.mixtures[adapter_name] = Mixture.of(config, slots, experts, self.architecture)
         self._move_adapter_to_device_of_base_layer(adapter_name)
         for slot in slots:
             self._hook(EXPERTS[slot.expert_type].site_kind, *slot.modules)
@@ -144,41 +134,42 @@ class MoALayer(nn.Module, BaseTunerLayer):
             cache: key-value cache of the call, or None.
             pooling: what mixtures of sequence granularity pool over, or None.
         """
-        self._cache = cache
-        self._pooling = pooling
-        self._prompt_ran = False
-        self._routings = {}
+        call = Call(cache, pooling, decoding=hidden.shape[1] == 1)
+        self.calls.start(call)
         for name in self._running():
             mixture = self.mixtures[name]
             if mixture.router_input == "residual":
-                self._route(name, hidden)
+                self._route(call, name, hidden)
             elif self.norm_name is None:
                 # A family without a norm before attention: a norm without parameters keeps the scale over depth.
-                self._route(name, F.rms_norm(hidden, (hidden.shape[-1],)))
+                self._route(call, name, F.rms_norm(hidden, (hidden.shape[-1],)))
 
-    def _route(self, adapter_name: str, hidden: torch.Tensor) -> None:
+    def finish(self) -> None:
+        """Called when the block ends, however it ends: nothing of the call is kept."""
+        self.calls.finish()
+
+    def _route(self, call: Call, adapter_name: str, hidden: torch.Tensor) -> None:
         router = self.moa_router[adapter_name]
         assert isinstance(router, Router)
         if self.mixtures[adapter_name].granularity == "sequence":
             key = (id(self), adapter_name)
-            routing = route_sequences(router, hidden, self._pooling, self._cache, key)
+            routing = route_sequences(router, hidden, call.pooling, call.cache, key)
         else:
             routing = router(hidden)
-        self._routings[adapter_name] = routing
+        self.keep_routing(call, adapter_name, routing)
+
+    def keep_routing(self, call: Call, adapter_name: str, routing: Routing) -> None:
+        """Keep a routing for the sites of the block, and hand it to who records."""
+        call.routings[adapter_name] = routing
         if self.recorder is not None:
             self.recorder(adapter_name, routing)
 
-    def finish(self) -> None:
-        """Called when the block ends, however it ends: nothing of the call is kept."""
-        self._routings = {}
-        self._site_inputs = {}
-        self._cache = None
-        self._pooling = None
-
     def check_prompt_ran(self) -> None:
         """Raise if a prompt expert should have acted and did not, instead of training without it."""
-        wanted = any(slot.expert_type == "prompt" for name in self._routings for slot in self.mixtures[name].slots)
-        if wanted and not self._prompt_ran:
+        call = self.calls.current()
+        if call is None or call.prompt_ran:
+            return
+        if any(slot.expert_type == "prompt" for name in call.routings for slot in self.mixtures[name].slots):
             attention = submodule(vars(self)["block"], self.architecture.attention)
             implementation = getattr(getattr(attention, "config", None), "_attn_implementation", "unknown")
             raise RuntimeError(
@@ -208,7 +199,8 @@ class MoALayer(nn.Module, BaseTunerLayer):
         self._handles[(kind, reads, adds_to)] = handle
 
     def remove_hooks(self) -> None:
-        """Take every hook off the block's modules."""
+        """Take every hook off the block's modules, and give them their own classes back."""
+        self.fused_path.uninstall()
         for (kind, _, adds_to), handle in self._handles.items():
             if kind == "attention":
                 attention = submodule(vars(self)["block"], adds_to)
@@ -219,45 +211,56 @@ class MoALayer(nn.Module, BaseTunerLayer):
         self._handles = {}
 
     def _after_norm(self, module: nn.Module, args: Any, output: torch.Tensor) -> None:
+        call = self.calls.current()
+        if call is None:
+            return
         for name in self._running():
-            if self.mixtures[name].router_input == "normed" and name not in self._routings:
-                self._route(name, output)
+            wanted = self.mixtures[name].router_input == "normed" and name not in call.routings
+            if wanted and not self.fused_path.route(call, name, output):
+                self._route(call, name, output)
 
-    def _keep_input(self, site: tuple[str, str], module: nn.Module, args: tuple[Any, ...]) -> None:
-        if self._routings:
-            self._site_inputs[site] = args[0]
+    def _keep_input(self, site: Site, module: nn.Module, args: tuple[Any, ...]) -> None:
+        call = self.calls.current()
+        if call is not None and call.routings:
+            call.inputs[site] = args[0]
 
     def _after_site(
-        self, site: tuple[str, str], module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+        self, site: Site, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
     ) -> Any:
-        if not self._routings:
+        call = self.calls.current()
+        if call is None or not call.routings:
             return None
-        x = self._site_inputs.pop(site, None)
+        x = call.inputs.pop(site, None)
         if x is None:
             x = args[0] if args else next(iter(kwargs.values()))
         result = output[0] if isinstance(output, tuple) else output
-        for name, routing in self._routings.items():
-            experts = self.moa_experts[name]
-            for column, slot in self.mixtures[name].at(*site):
-                delta = experts.get_submodule(slot.name)(x, routing.weight_of(column, like=x))
-                result = result + delta.to(result.dtype)
+        for name, routing in call.routings.items():
+            fused = self.fused_path.add(call, name, site, module, x, result)
+            result = self._add_plainly(name, site, x, result, routing) if fused is None else fused
         return (result, *output[1:]) if isinstance(output, tuple) else result
+
+    def _add_plainly(
+        self, adapter_name: str, site: Site, x: torch.Tensor, result: torch.Tensor, routing: Routing
+    ) -> torch.Tensor:
+        experts = self.moa_experts[adapter_name]
+        for column, slot in self.mixtures[adapter_name].at(site):
+            delta = experts.get_submodule(slot.name)(x, routing.weight_of(column, like=x))
+            result = result + delta.to(result.dtype)
+        return result
 
     def prompt_slots(self) -> list[tuple[PromptExpert, torch.Tensor]]:
         """The prompt experts that act in this forward, with their routing weights ``[B, T, 1]``."""
-        self._prompt_ran = True
+        call = self.calls.current()
+        if call is None:
+            return []
+        call.prompt_ran = True
         found = []
-        for name, routing in self._routings.items():
+        for name, routing in call.routings.items():
             for column, slot in enumerate(self.mixtures[name].slots):
                 if slot.expert_type == "prompt":
                     expert = self.moa_experts[name].get_submodule(slot.name)
                     found.append((expert, routing.weights[..., column : column + 1]))
         return found
-
-    @property
-    def cache(self) -> Any:
-        """Key-value cache of the running call, or None."""
-        return self._cache
 
 
 def _execution_device(block: nn.Module) -> torch.device | None:

@@ -17,6 +17,7 @@ from moa_peft.config import MoAConfig
 from moa_peft.errors import UserError
 from moa_peft.experts import EXPERTS, ExpertOptions, SiteShape
 from moa_peft.experts.lora import LoraOptions
+from moa_peft.swapped_class import runs_own_forward
 
 
 @dataclass(frozen=True)
@@ -89,6 +90,12 @@ def make_plan(config: MoAConfig, model: nn.Module) -> Plan:
         elif drafts:
             plan[block_name] = tuple(_numbered(_shared_roles(drafts)))
     _check_found(config, options, found, sites, model)
+    for block_name in plan:
+        if not runs_own_forward(blocks[block_name]):
+            raise UserError(
+                f"The forward of block {block_name} was replaced on the instance, so a mixture could not route in it. "
+                "Add the adapter first, and the other patch afterwards, or patch the block's class instead."
+            )
     if not plan:
         raise UserError(
             "No module is left to adapt: exclude_modules and layers leave none of the experts a site. "
@@ -147,6 +154,7 @@ def _described_blocks(architecture: Architecture, model: nn.Module) -> dict[str,
     blocks = _named(*matches[0])
     first = next(iter(blocks.values()))
     names = [architecture.attention, *architecture.roles.values()]
+    names += [architecture.glu] if architecture.glu else []
     names += [architecture.mlp] if isinstance(architecture.mlp, str) else architecture.mlp or []
     for name in names:
         if submodule(first, name) is None:

@@ -14,6 +14,7 @@ from torch import nn
 from transformers import AttentionInterface
 
 from moa_peft.architectures import Architecture
+from moa_peft.prompt_addition import PromptState
 
 if TYPE_CHECKING:
     from moa_peft.experts import PromptExpert
@@ -38,31 +39,31 @@ class PromptSite:
         self.layer = layer
         self.architecture = architecture
 
-    def output(self, attention: nn.Module, query_BHTK: torch.Tensor, scaling: float | None) -> torch.Tensor | None:
-        """What the prompt experts add, ``[B, T, H, K]``, or None where none acts."""
-        total = None
-        for expert, weight_BT1 in self.layer.prompt_slots():
-            key_HPK, value_HPK = self._keys_and_values(expert, attention, query_BHTK)
-            scale = query_BHTK.shape[-1] ** -0.5 if scaling is None else scaling
-            part = expert(query_BHTK, key_HPK, value_HPK, weight_BT1, scaling=scale)
-            total = part if total is None else total + part
-        return total
+    def add_to(
+        self, attended_BTHK: torch.Tensor, attention: nn.Module, query_BHTK: torch.Tensor, scaling: float | None
+    ) -> torch.Tensor:
+        """What attention returned plus what the prompt experts add."""
+        slots = self.layer.prompt_slots()
+        if not slots:
+            return attended_BTHK
+        states = [
+            PromptState(expert, *self._keys_and_values(expert, attention, query_BHTK), weight_BT1)
+            for expert, weight_BT1 in slots
+        ]
+        scale = query_BHTK.shape[-1] ** -0.5 if scaling is None else scaling
+        return self.layer.fused_path.add_prompt(attended_BTHK, query_BHTK, states, scale)
 
     def _keys_and_values(
         self, expert: "PromptExpert", attention: nn.Module, query_BHTK: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Prompt keys and values, computed once per generation: they live on the key-value cache of the call."""
-        cache = self.layer.cache
-        decoding = cache is not None and query_BHTK.shape[2] == 1 and not torch.is_grad_enabled()
-        if cache is None or torch.is_grad_enabled() or torch.compiler.is_compiling():
-            return self._project(expert, attention, query_BHTK)
-        store = cache.__dict__.setdefault("moa_prompt_states", {})
-        # The version guards against a cache object that outlives a change of the weights; inference tensors have none.
-        version = None if expert.embedding.is_inference() else expert.embedding._version
-        key = (id(expert), version, query_BHTK.dtype)
-        if not decoding or key not in store:
-            store[key] = self._project(expert, attention, query_BHTK)
-        return store[key]
+        call = self.layer.calls.current()
+        assert call is not None
+        return call.once_per_generation(
+            ("prompt", id(expert), query_BHTK.dtype),
+            [expert.embedding],
+            lambda: self._project(expert, attention, query_BHTK),
+        )
 
     def _project(
         self, expert: "PromptExpert", attention: nn.Module, query_BHTK: torch.Tensor
@@ -99,10 +100,7 @@ def _with_prompt(function: Callable[..., Any]) -> Callable[..., Any]:
         site = module.__dict__.get(PROMPT_SITE)
         if site is None:
             return result
-        addition = site.output(module, query, kwargs.get("scaling"))
-        if addition is None:
-            return result
-        return (result[0] + addition.reshape(result[0].shape).to(result[0].dtype), *result[1:])
+        return (site.add_to(result[0], module, query, kwargs.get("scaling")), *result[1:])
 
     setattr(attention_with_prompt, _WRAPPED, True)
     return attention_with_prompt

@@ -14,11 +14,12 @@ from moa_peft.config import MoAConfig
 from moa_peft.errors import UserError
 from moa_peft.layer import MERGE_MESSAGE, MoALayer
 from moa_peft.plan import Plan, make_plan
-from moa_peft.pooling import add_pooling
+from moa_peft.pooling import add_pooling, check_generation
 from moa_peft.prompt_attention import install_prompt_attention
 from moa_peft.quantized_base import keep_trainable
 from moa_peft.saved_modules import check_saved_modules
 from moa_peft.starting_weights import StartingWeights
+from moa_peft.status import MoAStatus, moa_status
 
 
 class MoAModel(BaseTuner):
@@ -95,6 +96,10 @@ class MoAModel(BaseTuner):
         hidden_size = config.get_text_config().hidden_size  # type: ignore[union-attr, operator]
         layer.add_mixture(adapter_name, peft_config, slots, hidden_size)
 
+    def moa_status(self) -> MoAStatus:
+        """Which path, fused or plain, the router, every expert and the MLP of each block take, and why."""
+        return moa_status(self.model)
+
     def _check_merge_allowed(self) -> None:
         raise NotImplementedError(MERGE_MESSAGE)
 
@@ -110,6 +115,9 @@ class MoAModel(BaseTuner):
                 "adapter_names (another adapter for each row of a batch) is not supported by a mixture of adapters. "
                 "Run one batch per adapter, each after set_adapter(NAME)."
             )
+        generates = "prefill_chunk_size" in kwargs or "generation_config" in kwargs
+        if generates and any(_pools_sequences(module) for module in self.model.modules()):
+            check_generation(kwargs)
         yield
 
     def _unload_and_optionally_merge(
@@ -132,6 +140,10 @@ class MoAModel(BaseTuner):
         for container in MoALayer.adapter_layer_names:
             key = key.replace(f".{container}.{adapter_name}.", f".{container}.", 1)
         return key
+
+
+def _pools_sequences(module: nn.Module) -> bool:
+    return isinstance(module, MoALayer) and module.pools_sequences()
 
 
 def _install_pooling(model: nn.Module, configs: dict[str, Any]) -> None:

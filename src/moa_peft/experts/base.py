@@ -1,14 +1,16 @@
 """What every expert is: a small trainable module bound to one kind of site."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
+import torch
 from torch import nn
 
 from moa_peft.errors import UserError
 from moa_peft.fields import check_positive_int
-from moa_peft.initialization import Init
+from moa_peft.initialization import Init, MasterLinear
 from moa_peft.registry import Registry
 
 SiteKind = Literal["linear", "mlp", "attention"]
@@ -75,6 +77,25 @@ class ExpertOptions:
         return indices
 
 
+@dataclass(frozen=True)
+class Factors:
+    """What the fused path needs to know of an expert of the form ``w * scale * write(activation(read(x)))``.
+
+    Experts of this form that read the same tensor share one product, and those that add to the same tensor another.
+
+    Attributes:
+        read: ``[R, in]`` linear layer that reads the site's input.
+        write: ``[out, R]`` linear layer that adds to the site's output.
+        scale: constant factor.
+        activation: function between the two; None is the identity.
+    """
+
+    read: MasterLinear
+    write: MasterLinear
+    scale: float = 1.0
+    activation: Callable[[torch.Tensor], torch.Tensor] | None = None
+
+
 class Expert(nn.Module, ABC):
     """A small module whose output, times its routing weight, is added at a site.
 
@@ -98,6 +119,14 @@ class Expert(nn.Module, ABC):
     @abstractmethod
     def reset_parameters(self, init: Init) -> None:
         """Set the initial weights; under ``identity`` the expert then adds exactly zero."""
+
+    def factors(self) -> Factors | None:
+        """The expert as a product of two linear layers, equal to its forward; None where it is none."""
+        return None
+
+    def is_product(self) -> bool:
+        """Whether `factors` describes the coming forward too (not while an input of its own is dropped)."""
+        return True
 
 
 EXPERTS: Registry[type[Expert]] = Registry("expert type")

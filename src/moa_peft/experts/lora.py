@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from moa_peft.errors import UserError
-from moa_peft.experts.base import EXPERTS, Expert, ExpertOptions, SiteShape
+from moa_peft.experts.base import EXPERTS, Expert, ExpertOptions, Factors, SiteShape
 from moa_peft.fields import check_positive_int, check_range
 from moa_peft.initialization import Init, MasterLinear, reset_linear
 
@@ -83,6 +83,12 @@ class LoraExpert(Expert):
             ``[..., out]`` in the dtype of `x` (of autocast where it is on).
         """
         return self.lora_B(self.lora_A(self.dropout(x)) * (weight * self.scale))
+
+    def factors(self) -> Factors:
+        return Factors(self.lora_A, self.lora_B, scale=self.scale)
+
+    def is_product(self) -> bool:
+        return not (self.training and self.options.dropout > 0)
 
     def reset_parameters(self, init: Init) -> None:
         reset_linear(self.lora_A, init)

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from moa_peft.experts.base import EXPERTS, Expert, ExpertOptions, SiteShape
+from moa_peft.experts.base import EXPERTS, Expert, ExpertOptions, Factors, SiteShape
 from moa_peft.fields import check_positive_int
 from moa_peft.initialization import Init, MasterLinear, reset_linear
 
@@ -55,6 +55,9 @@ class ParallelExpert(Expert):
             ``[..., D]`` in the dtype of `x` (of autocast where it is on).
         """
         return self.up(F.silu(self.down(x))) * weight
+
+    def factors(self) -> Factors:
+        return Factors(self.down, self.up, activation=F.silu)
 
     def reset_parameters(self, init: Init) -> None:
         for module in (self.down, self.up):

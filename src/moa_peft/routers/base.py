@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from moa_peft.initialization import Init
+from moa_peft.initialization import Init, MasterLinear
 from moa_peft.registry import Registry
 from moa_peft.routing import Routing
 
@@ -18,6 +18,9 @@ class RouterOptions:
 
 class Router(nn.Module, ABC):
     """Maps ``[..., D]`` hidden states to a `Routing` over `num_experts` experts.
+
+    It is written in two parts, so that its first products can be made together with those of the experts that read
+    the same hidden state: `reads` names the linear layers applied to it, `route` goes on from what they return.
 
     Subclasses set `Options` (a dataclass of their options) and `neutral_weight`.
 
@@ -37,9 +40,17 @@ class Router(nn.Module, ABC):
         self.num_experts = num_experts
         self.options = options
 
-    @abstractmethod
     def forward(self, hidden: torch.Tensor) -> Routing:
         """Route ``[..., D]`` hidden states; products in their dtype, everything that selects or weights in float32."""
+        return self.route([linear(hidden) for linear in self.reads()])
+
+    @abstractmethod
+    def reads(self) -> list[MasterLinear]:
+        """The linear layers that read the hidden state."""
+
+    @abstractmethod
+    def route(self, products: list[torch.Tensor]) -> Routing:
+        """The routing, from what each layer of `reads` returned."""
 
     @abstractmethod
     def reset_parameters(self, init: Init) -> None:

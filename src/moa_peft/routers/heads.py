@@ -1,4 +1,4 @@
-"""Router heads: hidden state to one logit per expert."""
+"""Router heads: hidden state to one logit per expert, in two parts like the router (see `moa_peft.routers.base`)."""
 
 import torch
 import torch.nn.functional as F
@@ -14,8 +14,13 @@ class LinearHead(nn.Module):
         super().__init__()
         self.linear = MasterLinear(hidden_size, num_experts)
 
-    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        return self.linear(hidden)
+    def reads(self) -> list[MasterLinear]:
+        """The layers that read the hidden state."""
+        return [self.linear]
+
+    def logits(self, products: list[torch.Tensor]) -> torch.Tensor:
+        """The logits, from what the layers of `reads` returned."""
+        return products[0]
 
     def reset_parameters(self, init: Init) -> None:
         """Default weights, zero bias."""
@@ -38,8 +43,13 @@ class SwiGLUHead(nn.Module):
         self.w2 = MasterLinear(inner, num_experts)
         self.w3 = MasterLinear(hidden_size, inner)
 
-    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        return self.w2(F.silu(self.w1(hidden)) * self.w3(hidden))
+    def reads(self) -> list[MasterLinear]:
+        """The layers that read the hidden state."""
+        return [self.w1, self.w3]
+
+    def logits(self, products: list[torch.Tensor]) -> torch.Tensor:
+        """The logits, from what the layers of `reads` returned."""
+        return self.w2(F.silu(products[0]) * products[1])
 
     def reset_parameters(self, init: Init) -> None:
         """Default weights, zero biases."""

@@ -96,14 +96,17 @@ class SigmoidRouter(Router):
             self.head = SwiGLUHead(hidden_size, num_experts, options.hidden_per_expert)
         self.threshold = MasterLinear(hidden_size, 1) if options.threshold == "learned" else None
 
-    def forward(self, hidden: torch.Tensor) -> Routing:
-        scores = torch.sigmoid(self.head(hidden).float())
+    def reads(self) -> list[MasterLinear]:
+        return self.head.reads() + ([] if self.threshold is None else [self.threshold])
+
+    def route(self, products: list[torch.Tensor]) -> Routing:
+        scores = torch.sigmoid(self.head.logits(products).float())
         if self.options.threshold == "none":
             return Routing(weights=scores, scores=scores)
         if self.threshold is None:
             threshold = torch.full_like(scores[..., :1], self.options.max_threshold)
         else:
-            threshold = self.options.max_threshold * torch.sigmoid(self.threshold(hidden).float())
+            threshold = self.options.max_threshold * torch.sigmoid(products[-1].float())
         weights = select(
             scores,
             threshold,

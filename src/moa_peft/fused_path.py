@@ -1,0 +1,252 @@
+"""The fused path of one block: shared products for the experts, and with them for the router.
+
+It is taken wherever nothing stands in its way, and the plain path (each expert's own forward) everywhere else; they
+are equal in value and gradient. `FusedPath.obstacles` tells which parts of a block take which, and why.
+"""
+
+from collections.abc import Iterable, Sequence
+from functools import partial
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+from moa_peft.architectures import ATTENTION_INPUT
+from moa_peft.call import Call, Site
+from moa_peft.functional import linear
+from moa_peft.initialization import MasterLinear
+from moa_peft.mlp import MLP_SITE, MLPSite, install_fused_mlp, uninstall_fused_mlp
+from moa_peft.packed import columns, read, read_matrix
+from moa_peft.plan import submodule
+from moa_peft.products import SharedInput, add_product, is_plain
+from moa_peft.prompt_addition import PromptState, recomputed_with_prompts, with_prompts
+from moa_peft.routers import Router
+from moa_peft.routing import Routing
+
+if TYPE_CHECKING:
+    from moa_peft.layer import MoALayer
+
+SWITCHED_OFF = "switched off"
+
+
+class FusedPath:
+    """The fused path of one tuner layer.
+
+    Args:
+        layer: the layer.
+
+    Attributes:
+        enabled: False sends everything down the plain path.
+    """
+
+    def __init__(self, layer: "MoALayer") -> None:
+        self.layer = layer
+        self.enabled = True
+        self._mlp: nn.Module | None = None
+
+    def install(self) -> None:
+        """Fuse the MLP of the block, where the architecture says that it can be."""
+        architecture = self.layer.architecture
+        names = [
+            architecture.mlp,
+            architecture.glu,
+            *(architecture.roles.get(role) for role in ("gate", "up", "down")),
+        ]
+        modules = [submodule(self.layer.get_base_layer(), name) for name in names if isinstance(name, str)]
+        if len(modules) == len(names) and all(modules):
+            self._mlp = modules[0]
+            assert self._mlp is not None
+            install_fused_mlp(self._mlp, MLPSite(self, architecture))
+
+    def uninstall(self) -> None:
+        """Give the MLP its own class back."""
+        if self._mlp is not None:
+            uninstall_fused_mlp(self._mlp)
+
+    # Routing and sites
+
+    def route(self, call: Call, adapter_name: str, hidden: torch.Tensor) -> bool:
+        """Route together with the experts that read what the router reads; False where that is not possible."""
+        if self._routing_obstacle(adapter_name):
+            return False
+        shared = self.layer.mixtures[adapter_name].inputs[ATTENTION_INPUT]
+        router = self._router(adapter_name)
+        experts, reads = shared.linears(), router.reads()
+        z = self._product(call, shared, [*experts, *reads], hidden)
+        z, *products = z.split([sum(_widths(experts)), *_widths(reads)], dim=-1)
+        routing = router.route(products)
+        self.layer.keep_routing(call, adapter_name, routing)
+        self._weight(call, adapter_name, shared, hidden, z, routing)
+        return True
+
+    def add(
+        self, call: Call, adapter_name: str, site: Site, module: nn.Module, x: torch.Tensor, output: torch.Tensor
+    ) -> torch.Tensor | None:
+        """`output` plus what the experts of a site make of `x`; None where they take the plain path.
+
+        Args:
+            call: the running call.
+            adapter_name: whose experts.
+            site: where.
+            module: the module whose output it is.
+            x: ``[.., in]`` what the site reads.
+            output: ``[.., out]``; it may be changed in place.
+        """
+        mixture = self.layer.mixtures[adapter_name]
+        product = mixture.products.get(site)
+        if product is None or not self.enabled:
+            return None
+        shared = mixture.inputs[mixture.input_of[site]]
+        held = call.shared.get((adapter_name, shared.name))
+        if held is None or not _same(held[0], x):
+            if shared.obstacle():
+                return None
+            z = self._product(call, shared, shared.linears(), x)
+            held = self._weight(call, adapter_name, shared, x, z, call.routings[adapter_name])
+        parts = product.writes()
+        write: torch.Tensor | list[torch.Tensor] = parts
+        if not torch.is_grad_enabled():
+            key = ("write", id(product), output.dtype)
+            write = call.once_per_generation(key, parts, partial(columns, parts, output.dtype))
+        return add_product(output, held[1][site], write, in_place=self._owns_output(module))
+
+    def _product(
+        self, call: Call, shared: SharedInput, linears: Sequence[MasterLinear], x: torch.Tensor
+    ) -> torch.Tensor:
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            return read(x, linears)
+        parameters = [parameter for module in linears for parameter in module.parameters(recurse=False)]
+        key = ("read", id(shared), len(linears), x.dtype)
+        weight, bias = call.once_per_generation(key, parameters, partial(read_matrix, linears, x.dtype))
+        return linear(x, weight, bias)
+
+    def _weight(
+        self, call: Call, adapter_name: str, shared: SharedInput, x: torch.Tensor, z: torch.Tensor, routing: Routing
+    ) -> tuple[torch.Tensor, dict[Site, torch.Tensor]]:
+        weights = routing.weights
+        if weights.dim() != z.dim():
+            weights = weights.reshape(*z.shape[:-1], weights.shape[-1])
+        held = (x, shared.weighted(z, weights))
+        call.shared[adapter_name, shared.name] = held
+        return held
+
+    def _router(self, adapter_name: str) -> Router:
+        router = self.layer.moa_router[adapter_name]
+        assert isinstance(router, Router)
+        return router
+
+    # Attention
+
+    def add_prompt(
+        self, attended: torch.Tensor, query: torch.Tensor, states: Sequence[PromptState], scaling: float
+    ) -> torch.Tensor:
+        """What attention returned plus its prompt experts; see `moa_peft.prompt_addition` for the arguments."""
+        call = self.layer.calls.current()
+        if call is None or not self.enabled or not torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return with_prompts(attended, query, states, scaling)
+        path = self.layer.architecture.roles.get("o", "")
+        name, *others = call.routings
+        mixture = self.layer.mixtures[name]
+        product = None if others or not attended.is_contiguous() else mixture.products.get((path, path))
+        if product is None or product.obstacle():
+            return recomputed_with_prompts(attended, query, states, scaling, [])[0]
+        shared = mixture.inputs[mixture.input_of[product.site]]
+        reads = [module.weight for module in shared.linears()]
+        total, z = recomputed_with_prompts(attended, query, states, scaling, reads)
+        assert z is not None
+        self._weight(call, name, shared, total, z, call.routings[name])
+        return total
+
+    # The MLP
+
+    def mlp_obstacle(self, site: Site, down: nn.Module, adapter_names: Iterable[str]) -> str | None:
+        """Why the MLP takes the model's own forward while these adapters act; None where it is fused."""
+        if not self.enabled:
+            return SWITCHED_OFF
+        if not self.listens_alone(down):
+            return "another hook listens to the down projection"
+        for name in adapter_names:
+            mixture = self.layer.mixtures[name]
+            if mixture.at(site):
+                product = mixture.products.get(site)
+                if product is None or product.biased or product.activated:
+                    return "an expert of the down projection is no plain product of two matrices"
+                if product.obstacle():
+                    return product.obstacle()
+        return None
+
+    def down_factors(
+        self, call: Call, site: Site, dtype: torch.dtype
+    ) -> tuple[list[torch.Tensor], list[torch.Tensor], torch.Tensor | None]:
+        """The experts of the down projection, as the last three arguments of `moa_peft.glu.gated_down`."""
+        reads: list[torch.Tensor] = []
+        writes: list[torch.Tensor] = []
+        scales = []
+        for name, routing in call.routings.items():
+            mixture = self.layer.mixtures[name]
+            if site in mixture.products:
+                shared = mixture.inputs[mixture.input_of[site]]
+                reads += [module.weight for module in shared.linears()]
+                writes += mixture.products[site].writes()
+                scales.append(shared.spread(routing.weights.to(dtype)))
+        if not scales:
+            return [], [], None
+        return reads, writes, scales[0] if len(scales) == 1 else torch.cat(scales, dim=-1)
+
+    # What stands in the way
+
+    def obstacles(self, adapter_name: str) -> dict[str, str | None]:
+        """The parts of one adapter in this block, and why each takes the plain path; None where it takes this one."""
+        mixture = self.layer.mixtures[adapter_name]
+        found: dict[str, str | None] = {"router": self._routing_obstacle(adapter_name)}
+        for slot in mixture.slots:
+            if slot.expert_type == "prompt":
+                found[slot.name] = None if self.enabled else SWITCHED_OFF
+            elif slot.modules not in mixture.products:
+                found[slot.name] = "experts of its site are no products of two linear layers"
+            else:
+                shared = mixture.inputs[mixture.input_of[slot.modules]]
+                found[slot.name] = shared.obstacle() if self.enabled else SWITCHED_OFF
+        site = None if self._mlp is None else self._mlp.__dict__[MLP_SITE]
+        found["mlp"] = "it is not down(act(gate) * up)" if site is None else site.obstacle([adapter_name])
+        return found
+
+    def _routing_obstacle(self, adapter_name: str) -> str | None:
+        mixture = self.layer.mixtures[adapter_name]
+        shared = mixture.inputs.get(ATTENTION_INPUT)
+        if not self.enabled:
+            return SWITCHED_OFF
+        normed = mixture.router_input == "normed" and self.layer.norm_name is not None
+        if not normed or mixture.granularity != "token" or shared is None:
+            return "it reads something that no expert reads"
+        router = self._router(adapter_name)
+        if not (is_plain(router) and all(is_plain(module) for module in router.reads())):
+            return "a hook listens to the router, or keeps its weights elsewhere"
+        return shared.obstacle()
+
+    def _owns_output(self, module: nn.Module) -> bool:
+        """Whether a module's output is a fresh tensor that nobody else has seen."""
+        return (type(module) is nn.Linear or MLP_SITE in module.__dict__) and self.listens_alone(module)
+
+    def listens_alone(self, module: nn.Module) -> bool:
+        """Whether no hook but this layer's listens to a module of the block."""
+        own = module.__dict__
+        if own["_backward_hooks"] or own["_backward_pre_hooks"] or "_hf_hook" in own or "forward" in own:
+            return False
+        return all(
+            getattr(getattr(hook, "func", hook), "__self__", None) is self.layer
+            for hook in (*own["_forward_hooks"].values(), *own["_forward_pre_hooks"].values())
+        )
+
+
+def _same(read: torch.Tensor, x: torch.Tensor) -> bool:
+    """Whether `x` is what was read, or the same memory in another shape (heads side by side)."""
+    if read is x:
+        return True
+    if torch.compiler.is_compiling() or read.numel() != x.numel() or read.dtype != x.dtype:
+        return False
+    return read.data_ptr() == x.data_ptr() and read.is_contiguous() and x.is_contiguous()
+
+
+def _widths(linears: Sequence[MasterLinear]) -> list[int]:
+    return [module.out_features for module in linears]

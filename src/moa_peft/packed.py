@@ -1,0 +1,111 @@
+"""Products with several small weights at once, of which autograd keeps the parameters and not their concatenation."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from moa_peft.initialization import MasterLinear
+
+
+def rows(parts: Sequence[torch.Tensor], dtype: torch.dtype) -> torch.Tensor:
+    """``[R_1, in], [R_2, in], ...`` one below the other."""
+    return (parts[0] if len(parts) == 1 else torch.cat(list(parts))).to(dtype)
+
+
+def columns(parts: Sequence[torch.Tensor], dtype: torch.dtype) -> torch.Tensor:
+    """``[out, R_1], [out, R_2], ...`` side by side; a vector ``[out]`` is one column."""
+    matrices = [part if part.dim() == 2 else part[:, None] for part in parts]
+    return (matrices[0] if len(matrices) == 1 else torch.cat(matrices, dim=1)).to(dtype)
+
+
+def split_rows(gradient: torch.Tensor, parts: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """The gradient of `rows` as gradients of its parts, in their dtypes."""
+    pieces = gradient.split([part.shape[0] for part in parts])
+    return [piece.to(part.dtype) for piece, part in zip(pieces, parts)]
+
+
+def split_columns(gradient: torch.Tensor, parts: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """The gradient of `columns` as gradients of its parts, in their dtypes."""
+    pieces = gradient.split([1 if part.dim() == 1 else part.shape[1] for part in parts], dim=1)
+    return [piece.reshape(part.shape).to(part.dtype) for piece, part in zip(pieces, parts)]
+
+
+def read_matrix(linears: Sequence[MasterLinear], dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Weights ``[R, in]`` and biases ``[R]`` (None if there is none) of several layers, one below the other."""
+    weight = rows([linear.weight for linear in linears], dtype)
+    if all(linear.bias is None for linear in linears):
+        return weight, None
+    zeros = [linear.weight.new_zeros(linear.out_features) if linear.bias is None else None for linear in linears]
+    biases = [linear.bias if zero is None else zero for linear, zero in zip(linears, zeros)]
+    return weight, rows(biases, dtype)
+
+
+def read(x: torch.Tensor, linears: Sequence[MasterLinear]) -> torch.Tensor:
+    """What several layers make of ``[.., in]``, side by side: ``[.., R]``, in the dtype of `x` (of autocast).
+
+    The same as `torch.nn.functional.linear` with `read_matrix`.
+    """
+    tensors = [tensor for linear in linears for tensor in (linear.weight, linear.bias)]
+    return _Read.apply(x, *tensors)  # type: ignore[return-value]
+
+
+class _Read(torch.autograd.Function):
+    """See `read`."""
+
+    @staticmethod
+    def forward(ctx: Any, x, *tensors):  # type: ignore[no-untyped-def]
+        weights, biases = tensors[::2], tensors[1::2]
+        ctx.save_for_backward(x, *weights)
+        ctx.biases = [None if bias is None else bias.dtype for bias in biases]
+        bias = None
+        if any(bias is not None for bias in biases):
+            filled = [w.new_zeros(w.shape[0]) if b is None else b for w, b in zip(weights, biases)]
+            bias = rows(filled, x.dtype)
+        return F.linear(x, rows(weights, x.dtype), bias)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, d_z):  # type: ignore[no-untyped-def]
+        x, *weights = ctx.saved_tensors
+        flat = d_z.reshape(-1, d_z.shape[-1])
+        d_x = (flat @ rows(weights, flat.dtype)).view(x.shape).to(x.dtype) if ctx.needs_input_grad[0] else None
+        d_weights = split_rows(flat.t() @ x.reshape(-1, x.shape[-1]).to(flat.dtype), weights)
+        sums = flat.sum(0).split([weight.shape[0] for weight in weights])
+        d_biases = [None if dtype is None else piece.to(dtype) for piece, dtype in zip(sums, ctx.biases)]
+        return d_x, *(gradient for pair in zip(d_weights, d_biases) for gradient in pair)
+
+
+def add_in_place(output: torch.Tensor, inner: torch.Tensor, parts: Sequence[torch.Tensor]) -> torch.Tensor:
+    """``output += inner columns(parts)^T`` for any number of leading dimensions.
+
+    Without the copy that autograd makes for a view that is changed in place.
+
+    Args:
+        output: ``[.., out]``, contiguous, no view.
+        inner: ``[.., R]`` in the dtype of `output`.
+        parts: the parts of ``[out, R]``.
+    """
+    return _AddInPlace.apply(output, inner, *parts)  # type: ignore[return-value]
+
+
+class _AddInPlace(torch.autograd.Function):
+    """See `add_in_place`."""
+
+    @staticmethod
+    def forward(ctx: Any, output, inner, *parts):  # type: ignore[no-untyped-def]
+        ctx.mark_dirty(output)
+        ctx.save_for_backward(inner, *parts)
+        flat = inner.reshape(-1, inner.shape[-1])
+        output.view(-1, output.shape[-1]).addmm_(flat, columns(parts, output.dtype).t())
+        return output
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, gradient):  # type: ignore[no-untyped-def]
+        inner, *parts = ctx.saved_tensors
+        flat = gradient.reshape(-1, gradient.shape[-1])
+        d_inner = (flat @ columns(parts, flat.dtype)).view(inner.shape) if ctx.needs_input_grad[1] else None
+        d_parts = split_columns(flat.t() @ inner.reshape(-1, inner.shape[-1]), parts)
+        return gradient, d_inner, *d_parts

@@ -1,0 +1,163 @@
+"""The fused path of experts that are a product of two linear layers (`moa_peft.experts.Factors`).
+
+Experts that read the same tensor x share one product, with the router where it reads x too::
+
+    z     = x [R_1; ...; R_n; router]^T          one matrix product
+    inner = activation(z) * (w M)                w routing weights, M puts each weight and scale on its columns
+    out  += inner_site [W_1 ... W_m]^T           into the base output, one product per site
+
+The weights multiply ``[.., R]`` numbers instead of ``[.., out]``, nothing of the size of a hidden state is made, and
+the number of operations does not grow with the number of experts.
+"""
+
+from collections.abc import Iterable, Sequence
+from itertools import groupby
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from moa_peft.call import Site
+from moa_peft.experts import Expert, Factors
+from moa_peft.initialization import MasterLinear
+from moa_peft.packed import add_in_place, columns
+
+
+class SiteProduct:
+    """The experts of one mixture at one site, as one product.
+
+    Args:
+        site: the site.
+        experts: columns in the routing, and the experts; all have factors.
+    """
+
+    def __init__(self, site: Site, experts: Iterable[tuple[int, Expert]]) -> None:
+        self.site = site
+        found = [(column, expert, expert.factors()) for column, expert in experts]
+        self.experts = [expert for _, expert, _ in found]
+        self.parts: list[tuple[int, Factors]] = [(column, factors) for column, _, factors in found if factors]
+        # Columns with the same activation stand together, so that it is applied once.
+        self.parts.sort(key=lambda part: repr(part[1].activation))
+        self.rank = sum(factors.read.out_features for _, factors in self.parts)
+        self.activated = any(factors.activation is not None for _, factors in self.parts)
+        self.biased = [(column, factors) for column, factors in self.parts if factors.write.bias is not None]
+
+    def writes(self) -> list[torch.Tensor]:
+        """The parts of the matrix ``[out, R]`` that all experts write with, a column for each bias last."""
+        biases = [factors.write.bias for _, factors in self.biased]
+        return [factors.write.weight for _, factors in self.parts] + [bias for bias in biases if bias is not None]
+
+    def obstacle(self) -> str | None:
+        """Why the experts take the plain path in this forward; None where they take this one."""
+        if not all(expert.is_product() for expert in self.experts):
+            return "an expert drops elements of its input (dropout, in training)"
+        if not all(is_plain(factors.read) and is_plain(factors.write) for _, factors in self.parts):
+            return "a hook listens to an expert's linear layer, or keeps its weights elsewhere"
+        return None
+
+
+class SharedInput:
+    """The sites of one mixture that read the same tensor.
+
+    Args:
+        name: what is read.
+        products: the sites.
+        num_experts: columns E of the mixture's routing.
+    """
+
+    def __init__(self, name: str, products: list[SiteProduct], num_experts: int) -> None:
+        self.name = name
+        self.products = products
+        self.parts = [part for product in products for part in product.parts]
+        # Runs of columns with one activation.
+        self.runs = [
+            (activation, sum(factors.read.out_features for _, factors in run))
+            for activation, run in groupby(self.parts, key=lambda part: part[1].activation)
+        ]
+        width = sum(size for _, size in self.runs)
+        self._spread = [[0.0] * width for _ in range(num_experts)]
+        start = 0
+        for column, factors in self.parts:
+            stop = start + factors.read.out_features
+            self._spread[column][start:stop] = [factors.scale] * (stop - start)
+            start = stop
+        self._spreads: dict[tuple[object, ...], torch.Tensor] = {}
+
+    def obstacle(self) -> str | None:
+        """Why these sites take the plain path in this forward; None where they take this one."""
+        return next(filter(None, (product.obstacle() for product in self.products)), None)
+
+    def linears(self) -> list[MasterLinear]:
+        """The layers that read the tensor."""
+        return [factors.read for _, factors in self.parts]
+
+    def weighted(self, z: torch.Tensor, weights: torch.Tensor) -> dict[Site, torch.Tensor]:
+        """The inner activations times their routing weights, by site.
+
+        Args:
+            z: ``[.., R]`` what `linears` returned, side by side.
+            weights: ``[.., E]`` routing weights.
+
+        Returns:
+            ``[.., R of the site]``, followed by a column with the weight of each write bias.
+        """
+        weights = weights.to(z.dtype)
+        inner = self._activated(z) * self.spread(weights)
+        pieces = inner.split([product.rank for product in self.products], dim=-1)
+        found = {}
+        for product, piece in zip(self.products, pieces):
+            biases = [weights[..., column : column + 1] for column, _ in product.biased]
+            found[product.site] = torch.cat([piece, *biases], dim=-1) if biases else piece
+        return found
+
+    def _activated(self, z: torch.Tensor) -> torch.Tensor:
+        if all(activation is None for activation, _ in self.runs):
+            return z
+        pieces = z.split([size for _, size in self.runs], dim=-1)
+        done = [
+            piece if activation is None else activation(piece) for (activation, _), piece in zip(self.runs, pieces)
+        ]
+        return done[0] if len(done) == 1 else torch.cat(done, dim=-1)
+
+    def spread(self, weights: torch.Tensor) -> torch.Tensor:
+        """``[.., E]`` routing weights to ``[.., R]``: each weight times the expert's scale, on its columns."""
+        if torch.compiler.is_compiling():
+            return weights @ torch.tensor(self._spread, dtype=weights.dtype, device=weights.device)
+        # A tensor made in inference mode cannot be used in training later.
+        key = (weights.device, weights.dtype, torch.is_inference_mode_enabled())
+        if key not in self._spreads:
+            self._spreads[key] = torch.tensor(self._spread, dtype=weights.dtype, device=weights.device)
+        return weights @ self._spreads[key]
+
+
+def is_plain(module: nn.Module) -> bool:
+    """Whether a layer may be replaced by its weights: no hook listens, and they are in place."""
+    own = module.__dict__
+    hooks = own["_forward_hooks"] or own["_forward_pre_hooks"] or own["_backward_hooks"] or own["_backward_pre_hooks"]
+    return not (hooks or "_hf_hook" in own or "forward" in own)
+
+
+def add_product(
+    output: torch.Tensor, inner: torch.Tensor, write: torch.Tensor | Sequence[torch.Tensor], *, in_place: bool
+) -> torch.Tensor:
+    """``output + inner write^T``.
+
+    Args:
+        output: ``[.., out]``.
+        inner: ``[.., R]``.
+        write: ``[out, R]``, or the parts of it (`moa_peft.packed.columns`).
+        in_place: whether `output` is needed by nobody else.
+    """
+    inner = inner.to(output.dtype)
+    owned = in_place and output.is_contiguous() and not torch.compiler.is_compiling()
+    if not isinstance(write, torch.Tensor):
+        if owned and output._base is None:
+            return add_in_place(output, inner, write)
+        write, owned = columns(write, output.dtype), False
+    if torch.compiler.is_compiling():
+        return output + F.linear(inner, write)
+    flat = inner.reshape(-1, inner.shape[-1])
+    if owned:
+        output.view(-1, output.shape[-1]).addmm_(flat, write.t())
+        return output
+    return torch.addmm(output.reshape(-1, output.shape[-1]), flat, write.t()).view(output.shape)
