@@ -1,0 +1,139 @@
+"""What is compared: the frozen base model, PEFT LoRA, and mixtures of adapters, all over the same base weights."""
+
+import re
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from peft import PeftConfig, get_peft_model
+from torch import nn
+
+from benchmarks.base import Options
+from benchmarks.models import make_batch, sharing_copy
+from benchmarks.rows import BASE
+from moa_peft import MoAConfig, record_routing
+from moa_peft.layer import MoALayer
+from moa_peft.methods import method_config
+
+NEW_WEIGHT_STD = 0.02
+ROUTER_LOGIT_STD = 1.0
+ADAPTER = "default"
+
+
+@dataclass(frozen=True)
+class Contender:
+    """One method.
+
+    Attributes:
+        summary: one line for `--list`.
+        config: rank and copies of each expert to a PEFT configuration; None is the base model itself.
+    """
+
+    summary: str
+    config: Callable[[int, int], PeftConfig] | None = None
+
+
+def lora_config(rank: int, copies: int) -> PeftConfig:
+    """PEFT LoRA on q, k, v, o and down."""
+    return method_config("lora", rank=rank)
+
+
+def moa_config(method: str, *, prompt: bool) -> Callable[[int, int], PeftConfig]:
+    """A mixture whose experts all come in the wanted number of copies."""
+
+    def config(rank: int, copies: int) -> PeftConfig:
+        one: Any = method_config(method, rank=rank, adapter_size=2 * rank, prompt=prompt)
+        return MoAConfig(experts=[expert | {"num": copies} for expert in one.experts], router=one.router)
+
+    return config
+
+
+CONTENDERS: dict[str, Contender] = {
+    BASE: Contender("the frozen base model; gradients pass through its activations and reach the embeddings"),
+    "lora": Contender("PEFT LoRA on q, k, v, o and down", lora_config),
+    "soft": Contender("Soft MoA without the prompt expert: 6 experts", moa_config("soft_moa", prompt=False)),
+    "soft_prompt": Contender("Soft MoA: 7 experts", moa_config("soft_moa", prompt=True)),
+    "sparse": Contender("Sparse MoA: 6 experts", moa_config("sparse_moa", prompt=False)),
+    "sparse_prompt": Contender("Sparse MoA with the prompt expert: 7 experts", moa_config("sparse_moa", prompt=True)),
+    "soft_24": Contender("soft, four of each of its experts", moa_config("soft_moa", prompt=False)),
+    "sparse_24": Contender("sparse, four of each of its experts", moa_config("sparse_moa", prompt=False)),
+}
+TIMED = (BASE, "lora", "soft", "soft_prompt", "sparse", "sparse_prompt")
+
+
+def build(name: str, base: nn.Module, options: Options, *, train: bool) -> Any:
+    """One contender over the weights of `base`.
+
+    Args:
+        name: a key of `CONTENDERS`.
+        base: from `base_model`.
+        options: rank, active fraction and seed.
+        train: gradients will be taken: training mode, and embeddings whose output requires gradients. So every
+            contender, the base model included, runs the backward pass through all of every block.
+    """
+    model = sharing_copy(base)
+    if train:
+        model.enable_input_require_grads()
+    make = CONTENDERS[name].config
+    if make is not None:
+        torch.manual_seed(options.seed)
+        model = get_peft_model(model, make(options.rank, 4 if name.endswith("_24") else 1))
+        fill_new_weights(model, seed=options.seed)
+        if name.startswith("sparse"):
+            calibrate(model, options)
+    return model.train(train)
+
+
+def build_all(names: Iterable[str], base: nn.Module, options: Options, *, train: bool) -> dict[str, Any]:
+    """Several contenders over the same weights, by name."""
+    return {name: build(name, base, options, train=train) for name in names}
+
+
+def fill_new_weights(model: nn.Module, *, seed: int) -> None:
+    """Give adapters the weights of one that has been trained a little.
+
+    What starts at zero becomes small, so that no product is with zeros; the last layer of each router is widened,
+    so that its logits differ between tokens by about one.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if not parameter.requires_grad:
+                continue
+            is_router_output = re.search(rf"\.moa_router\.{ADAPTER}\.head\.w2\.weight$", name) is not None
+            if is_router_output or not parameter.any():
+                std = ROUTER_LOGIT_STD if is_router_output else NEW_WEIGHT_STD
+                noise = torch.randn(parameter.shape, generator=generator) * std
+                parameter.copy_(noise.to(parameter))
+
+
+def calibrate(model: nn.Module, options: Options) -> None:
+    """Move the routers' biases so that each expert is kept for the wanted share of the tokens.
+
+    An expert is kept where its score reaches the threshold, that is where the difference of their logits is not
+    negative, and a bias shifts that difference. The second pass corrects for the changed input of later blocks.
+    """
+    input_ids = make_batch(options)["input_ids"]
+    layers = {name.removesuffix(".moa"): part for name, part in model.named_modules() if isinstance(part, MoALayer)}
+    training = model.training
+    model.eval()
+    for _ in range(2):
+        with torch.no_grad(), record_routing(model) as record:
+            model(input_ids=input_ids, use_cache=False)
+        for name, layer in layers.items():
+            routing = record.routings[name][-1]
+            assert routing.threshold is not None
+            margin_NE = (torch.logit(routing.scores) - torch.logit(routing.threshold)).flatten(0, -2)
+            bias: Any = layer.moa_router.get_submodule(f"{ADAPTER}.head.w2").bias
+            with torch.no_grad():
+                bias -= torch.quantile(margin_NE, 1.0 - options.active_fraction, dim=0) - 1e-4
+    model.train(training)
+
+
+def kept_fraction(model: nn.Module, options: Options) -> float:
+    """Share of (token, expert) pairs that a sparse mixture keeps on the benchmark's batch."""
+    with torch.no_grad(), record_routing(model) as record:
+        model(input_ids=make_batch(options)["input_ids"], use_cache=False)
+    kept = [(routings[-1].weights != 0).float().mean() for routings in record.routings.values()]
+    return float(torch.stack(kept).mean())
