@@ -5,19 +5,34 @@ from __future__ import annotations
 import functools
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
 
 from moa_peft.cli import main
 from moa_peft.errors import UserError
 from moa_peft.quickstart import run
-from moa_peft.quickstart.run import QuickstartSettings, faster_dtype, run_quickstart, with_steps
+from moa_peft.quickstart.run import (
+    QuickstartSettings,
+    faster_dtype,
+    quickstart_recipe,
+    run_quickstart,
+    with_steps,
+)
 from moa_peft.quickstart.time_budget import MIN_STEPS, StepTimer, StopInTime, TimeBudget, fitted_steps
-from moa_peft.quickstart.word_problems import write_word_problems
+from moa_peft.quickstart.word_problems import (
+    TEST_TEMPLATES,
+    WordProblem,
+    generate_word_problems,
+    write_word_problems,
+)
+from studies import quickstart_rate
+from studies.quickstart_rate import Study, run_study
 from tests.tiny import save_tiny
 
 
@@ -29,6 +44,18 @@ class FakeClock:
 
     def __call__(self) -> float:
         return self.now_s
+
+
+class Recorded:
+    """`generate_word_problems`, keeping the last rows of every split."""
+
+    def __init__(self, generate: Any) -> None:
+        self._generate = generate
+        self.rows: dict[str, list[WordProblem]] = {}
+
+    def __call__(self, split: str, **settings: Any) -> list[WordProblem]:
+        self.rows[split] = self._generate(split, **settings)
+        return self.rows[split]
 
 
 def steps_of(callback: Any, clock: FakeClock, seconds: list[float], *, max_steps: int) -> int:
@@ -75,7 +102,7 @@ def test_training_stops_in_time_when_steps_become_slower() -> None:
 
 
 def test_the_schedule_is_made_for_the_fitted_steps(tmp_path: Path) -> None:
-    recipe = with_steps(run._recipe(QuickstartSettings(output_dir=tmp_path)), 70)
+    recipe = with_steps(quickstart_recipe(QuickstartSettings(output_dir=tmp_path)), 70)
     assert (recipe.trainer["max_steps"], recipe.trainer["warmup_steps"]) == (70, 7)
 
 
@@ -151,6 +178,17 @@ def test_overwrite_replaces_an_earlier_quickstart(base: Path, tmp_path: Path, fe
     assert config["router"]["threshold"] == "learned"
 
 
+def test_the_seed_reaches_data_and_training(base: Path, tmp_path: Path, few_problems: None) -> None:
+    out, seed = tmp_path / "quick", 5
+    words = ["quickstart", "--model", str(base), "--output_dir", str(out), "--minutes", "0.01", "--num_test", "1"]
+    assert main([*words, "--seed", str(seed)]) == 0
+    for split, num_rows in (("train", 160), ("test", 40)):
+        written = [json.loads(line) for line in (out / "data" / f"{split}.jsonl").read_text().splitlines()]
+        assert written == [problem.as_row() for problem in generate_word_problems(split, num_rows=num_rows, seed=seed)]
+    record = json.loads((out / "adapter" / "run.json").read_text())
+    assert record["seeds"]["seed"] == record["training_arguments"]["seed"] == seed
+
+
 @pytest.mark.parametrize(
     ("words", "named"),
     [
@@ -183,3 +221,42 @@ def test_missing_scipy_is_said_before_anything_runs(
     with pytest.raises(UserError, match=r"moa-peft\[eval\]"):
         run_quickstart(QuickstartSettings(output_dir=tmp_path / "out", model=str(base)))
     assert not (tmp_path / "out").exists()
+
+
+def test_the_rate_is_chosen_on_templates_that_are_neither_trained_nor_tested() -> None:
+    development, kept = quickstart_rate.DEVELOPMENT_TEMPLATES, quickstart_rate.KEPT_TEMPLATES
+    keys = [template.key for template in development + kept + TEST_TEMPLATES]
+    assert len(set(keys)) == len(keys) and len(kept) == pytest.approx(2 * len(development), abs=2)
+    assert {template.operation for template in development} == {template.operation for template in kept}
+
+
+def test_the_rate_is_the_chosen_one(tmp_path: Path) -> None:
+    study = json.loads((Path(__file__).parents[1] / "docs" / "results" / "quickstart_rate.json").read_text())
+    losses = {done["learning_rate"]: done["development_loss"] for done in study["rates"]}
+    recipe = quickstart_recipe(QuickstartSettings(output_dir=tmp_path))
+    assert recipe.trainer["learning_rate"] == study["chosen"] == min(losses, key=losses.__getitem__)
+
+
+def test_a_study_goes_on_where_it_was(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    study = Study(steps=2, model=str(base), num_train=32, num_loss=29, num_scored=2)
+    output, trained = tmp_path / "rate.json", []
+    train = quickstart_rate.train
+    monkeypatch.setattr(
+        quickstart_rate, "train", lambda recipe, **more: trained.append(recipe) or train(recipe, **more)
+    )
+    monkeypatch.setattr(quickstart_rate, "generate_word_problems", recorded := Recorded(generate_word_problems))
+
+    def sweep(*rates: float) -> dict[str, Any]:
+        return run_study(study, rates=rates, output=output, command="again", console=Console(quiet=True))
+
+    sweep(1e-3)
+    result = sweep(1e-2, 1e-3)
+    assert result == json.loads(output.read_text())
+    assert [recipe.trainer["learning_rate"] for recipe in trained] == [1e-3, 1e-2]
+    assert [recipe.trainer["max_steps"] for recipe in trained] == [2, 2]
+    losses = {done["learning_rate"]: done["development_loss"] for done in result["rates"]}
+    assert list(losses) == [1e-3, 1e-2] and result["chosen"] == min(losses, key=losses.__getitem__)
+    assert {problem.template for problem in recorded.rows["train"]} <= set(result["training_templates"])
+    assert {problem.template for problem in recorded.rows["validation"]} == set(result["development_templates"])
+    with pytest.raises(UserError, match="other settings"):
+        run_study(replace(study, seed=1), rates=[1e-3], output=output, command="", console=Console(quiet=True))

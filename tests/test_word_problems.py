@@ -55,7 +55,7 @@ def calculate(expression: str) -> Fraction:
 
 
 def test_template_counts_and_operations():
-    assert len(TRAIN_TEMPLATES) >= 44 and len(TEST_TEMPLATES) >= 12
+    assert len(TRAIN_TEMPLATES) >= 80 and len(TEST_TEMPLATES) >= 16
     train_operations = {template.operation for template in TRAIN_TEMPLATES}
     assert {template.operation for template in TEST_TEMPLATES} == train_operations
     assert len(train_operations) >= 10
@@ -122,6 +122,20 @@ def test_operands_are_the_numbers_of_the_question(every_problem):
         ("lamp_budget", lambda a, b, c: a - b * c),
         ("unit_price", lambda a, b: Fraction(a, b)),
         ("change", lambda price, paid: paid - price),
+        ("road_ahead", lambda a, b: a - b),
+        ("handed_out_sheets", lambda a, b: Fraction(a, b)),
+        ("pool_laps", lambda a, b: 2 * a - b),
+        ("hostel_nights", lambda price, nights: price * nights),
+        ("mowing_lawns", lambda a, b, c: a * b + c),
+        ("rent_rise", lambda a, p: a * (1 + Fraction(p, 100))),
+        ("lake_walk", lambda a, b, c: a + b + c),
+        ("photo_album", lambda a, b: a % b),
+        ("two_parcels", lambda a, b: Fraction(a + b, 2)),
+        ("theater_seats", lambda a, b, c: Fraction(a - b, c)),
+        ("daily_letters", lambda a, b, c: (a + b) * c),
+        ("harbor_boats", lambda a, b, c: a + b - c),
+        ("hotel_beds", lambda a, b, c, d: a * b + c * d),
+        ("fair_cupcakes", lambda a, b, c, d: a * b + c - d),
     ],
 )
 def test_answer_by_an_independent_formula(every_problem, key, expected):
@@ -210,7 +224,7 @@ def test_plural(noun, expected):
 def test_rows_are_pinned():
     rows = [problem.as_row() for problem in generate_word_problems("train", num_rows=500, seed=3)]
     digest = hashlib.sha256(json.dumps(rows).encode()).hexdigest()
-    assert digest == "4d63d6758daa946df7aedae0471e307b11b55737f090feff12c866c5c02c84df"
+    assert digest == "4308e95fed6ebaddc24030b6cec2e264126dd66e0e210ccd31cc9db4f2a71ca1"
 
 
 def test_seed_and_prefix():
@@ -218,6 +232,13 @@ def test_seed_and_prefix():
     assert generate_word_problems("train", num_rows=120, seed=5) == long[:120]
     assert generate_word_problems("train", num_rows=300, seed=6) != long
     assert generate_word_problems("train", num_rows=0) == []
+
+
+def test_chosen_templates_keep_to_the_numbers_of_the_split():
+    chosen = TRAIN_TEMPLATES[:4]
+    problems = generate_word_problems("validation", num_rows=20, templates=chosen)
+    assert {problem.template for problem in problems} == {template.key for template in chosen}
+    assert {split_of_operands(problem.operands) for problem in problems} == {"validation"}
 
 
 def test_written_files(tmp_path: Path):

@@ -139,7 +139,7 @@ def run_quickstart(
 
     console = console or Console(stderr=True)
     budget = budget or TimeBudget(total_s=settings.minutes * 60, started_s=time.monotonic())
-    recipe = _recipe(settings)
+    recipe = quickstart_recipe(settings)
     _check(settings, recipe)
     if settings.model == PACKAGED:
         console.print(gemma_terms(), highlight=False, markup=False)
@@ -156,7 +156,7 @@ def run_quickstart(
 
     console.print(f"Scoring the base model on {len(examples)} held-out problems.", highlight=False)
     scoring_began_s = budget.elapsed_s
-    before = _score(load_model(settings.model, dtype=dtype).eval(), tokenizer, examples, console=console)
+    before = score_word_problems(load_model(settings.model, dtype=dtype).eval(), tokenizer, examples, console=console)
     scoring_s = budget.elapsed_s - scoring_began_s
     gc.collect()
 
@@ -173,7 +173,7 @@ def run_quickstart(
 
     console.print(f"Scoring the adapter on the same {len(examples)} problems.", highlight=False)
     loaded = load_adapter(trained.output_dir, dtype=dtype, device="cpu")
-    after = _score(loaded.model, loaded.tokenizer, examples, console=console)
+    after = score_word_problems(loaded.model, loaded.tokenizer, examples, console=console)
     rise, interval = paired_difference(
         [prediction.correct_strict for prediction in before.predictions],
         [prediction.correct_strict for prediction in after.predictions],
@@ -199,9 +199,53 @@ def samples(result: QuickstartResult, *, number: int = 2) -> list[Prediction]:
     return list(result.after.predictions[:number])
 
 
+def quickstart_recipe(settings: QuickstartSettings) -> TrainRecipe:
+    """The recipe of the training run, for as many steps as there may be; `with_steps` fits it."""
+    folder = settings.output_dir
+    return parse_recipe(
+        {
+            "model": settings.model,
+            "output_dir": str(folder / ADAPTER_FOLDER),
+            "method": settings.method,
+            "data": {
+                "path": str(folder / DATA_FOLDER / "train.jsonl"),
+                "validation_size": 0,
+                "template": _TEMPLATE,
+                "max_length": 512,
+            },
+            "max_steps": MAX_STEPS,
+            # Two micro-batches: the scores over 262,144 words of all answers at once would need twice the memory.
+            "per_device_train_batch_size": 8,
+            "gradient_accumulation_steps": 2,
+            # Chosen by studies/quickstart_rate.py, on training templates held out for that.
+            "learning_rate": 5e-4,
+            "lr_scheduler_type": "linear",
+            "max_grad_norm": 1.0,
+            "save_strategy": "no",
+            "logging_steps": 5,
+            "report_to": "none",
+            "use_cpu": True,
+            "seed": settings.seed,
+        }
+    )
+
+
 def with_steps(recipe: TrainRecipe, steps: int) -> TrainRecipe:
     """The recipe for `steps` optimiser steps, a tenth of them warm-up."""
     return replace(recipe, trainer={**recipe.trainer, "max_steps": steps, "warmup_steps": max(1, steps // 10)})
+
+
+def score_word_problems(model: Any, tokenizer: Any, examples: list[Example], *, console: Console) -> Score:
+    """Answer word problems as the quickstart does, before and after training."""
+    return score_numeric(
+        model,
+        tokenizer,
+        examples,
+        template=_TEMPLATE,
+        max_new_tokens=_MAX_NEW_TOKENS,
+        batch_size=_EVALUATION_BATCH,
+        console=console,
+    )
 
 
 def time_steps(recipe: TrainRecipe, *, budget: TimeBudget) -> float:
@@ -251,35 +295,6 @@ def peak_memory_bytes() -> int | None:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
-def _recipe(settings: QuickstartSettings) -> TrainRecipe:
-    folder = settings.output_dir
-    return parse_recipe(
-        {
-            "model": settings.model,
-            "output_dir": str(folder / ADAPTER_FOLDER),
-            "method": settings.method,
-            "data": {
-                "path": str(folder / DATA_FOLDER / "train.jsonl"),
-                "validation_size": 0,
-                "template": _TEMPLATE,
-                "max_length": 512,
-            },
-            "max_steps": MAX_STEPS,
-            # Two micro-batches: the scores over 262,144 words of all answers at once would need twice the memory.
-            "per_device_train_batch_size": 8,
-            "gradient_accumulation_steps": 2,
-            "learning_rate": 2e-3,
-            "lr_scheduler_type": "linear",
-            "max_grad_norm": 1.0,
-            "save_strategy": "no",
-            "logging_steps": 5,
-            "report_to": "none",
-            "use_cpu": True,
-            "seed": settings.seed,
-        }
-    )
-
-
 def _check(settings: QuickstartSettings, recipe: TrainRecipe) -> None:
     """Everything that can be wrong, before anything is converted or written."""
     if not settings.minutes > 0:
@@ -313,18 +328,6 @@ def _clear(folder: Path) -> None:
     for name in (DATA_FOLDER, ADAPTER_FOLDER):
         if (folder / name).is_dir():
             shutil.rmtree(folder / name)
-
-
-def _score(model: Any, tokenizer: Any, examples: list[Example], *, console: Console) -> Score:
-    return score_numeric(
-        model,
-        tokenizer,
-        examples,
-        template=_TEMPLATE,
-        max_new_tokens=_MAX_NEW_TOKENS,
-        batch_size=_EVALUATION_BATCH,
-        console=console,
-    )
 
 
 def _write(result: QuickstartResult, settings: QuickstartSettings, *, dtype: Dtype) -> None:

@@ -1,193 +1,197 @@
-"""Test templates of the word problems: other stories and other wording over the operations of training."""
+"""Test templates of the word problems: other stories and other wording over the operations of training.
+
+They choose nothing: no setting, range or rate may be changed because of a score on them. Once one has been, they
+belong to training (as those of `templates_varied` do) and this file needs new ones.
+"""
 
 from moa_peft.quickstart.templates import Template
 
 HELD_OUT_TEMPLATES = (
     Template(
-        "birds_on_fence",
+        "choir_joins",
         "add",
-        "From the window {name} sees {a:bird} on a fence. A little later {b} others land beside them. "
-        "What is the number of birds on the fence at that moment?",
-        "There were {a:bird} and {b} landed. Now there are {s1:bird}.",
+        "The choir of {name} has {a:singer}. After the summer {b} new voices come in. "
+        "What is the size of the choir from then on?",
+        "The choir had {a:singer} and {b} came in. Now there are {s1:singer}.",
         steps=("a + b",),
         free={"a": (3, 11), "b": (3, 11)},
     ),
     Template(
-        "water_leak",
+        "road_ahead",
         "subtract",
-        "The tank on the farm of {name} was filled with {a:liter} of water. Through a hole it lost {b:liter}. "
-        "What amount, in liters, remains?",
-        "The tank had {a:liter} and lost {b}. That leaves {s1:liter}.",
+        "It is {a:kilometer} to the village, and {name} has {b:kilometer} behind {him}. "
+        "What distance, in kilometers, is still ahead?",
+        "The way has {a:kilometer} and {b} are done. That leaves {s1:kilometer}.",
         steps=("a - b",),
         free={"b": (5, 13), "d": (4, 12)},
         given={"a": "b + d"},
     ),
     Template(
-        "popped",
+        "wind_candles",
         "subtract",
-        "For {his} birthday {name} hangs up {a:balloon}. During the night {b} of them burst. "
-        "How many are still good in the morning?",
-        "{name} hung up {a:balloon} and {b} burst. That leaves {s1:balloon}.",
+        "In the yard {name} lights {a:candle}. A gust of wind puts out {b}. How many go on burning?",
+        "{name} lit {a:candle} and {b} went out. That leaves {s1:candle}.",
         steps=("a - b",),
         free={"b": (2, 10), "d": (2, 10)},
         given={"a": "b + d"},
     ),
     Template(
-        "windows",
+        "wedding_bouquets",
         "multiply",
-        "{name} cleans windows in a building of {a:floor}. Every floor has {b:window}. "
-        "How many windows must be cleaned?",
-        "There are {a:floor} with {b:window} each. In all that is {s1:window}.",
+        "For a wedding {name} ties {a:bouquet} and puts {b:rose} into every one of them. How many roses go into them?",
+        "There are {a:bouquet} with {b:rose} each. In all that is {s1:rose}.",
         steps=("a * b",),
         free={"a": (3, 11), "b": (4, 12)},
     ),
     Template(
-        "flower_pots",
+        "handed_out_sheets",
         "divide",
-        "A gardener called {name} spreads {a} bulbs evenly over {b:pot}. How many bulbs go into one pot?",
-        "There are {a:bulb} for {b:pot}. Each pot gets {s1:bulb}.",
+        "A teacher hands out {a:sheet} of paper to {b:child}, the same number to all of them. "
+        "{name} is one of the children. How many sheets lie on the desk of {name}?",
+        "There are {a:sheet} for {b:child}. Each child gets {s1:sheet}.",
         steps=("a / b",),
         free={"b": (3, 11), "q": (2, 10)},
         given={"a": "b * q"},
     ),
     Template(
-        "old_trees",
+        "tower_and_church",
         "compare",
-        "In the park {name} learns that the oak is {a:year} old and the pine is {b:year} old. "
-        "By how many years is the oak older?",
-        "The oak is {a} and the pine is {b}. The difference is {s1:year}.",
+        "From a guidebook {name} learns that the tower is {a:meter} high and the church is {b:meter} high. "
+        "By how many meters does the tower rise above the church?",
+        "The tower is {a} and the church is {b}. The difference is {s1:meter}.",
         steps=("a - b",),
         free={"b": (10, 18), "d": (5, 13)},
         given={"a": "b + d"},
     ),
     Template(
-        "zoo_visitors",
+        "pool_laps",
         "compare",
-        "{name} sells tickets at a zoo. On Saturday there were {a:visitor}, and on Sunday there were {b} more than "
-        "on Saturday. How many visitors came on the two days?",
-        "On Sunday there were {s1:visitor}. On both days there were {s2:visitor}.",
-        steps=("a + b", "a + x"),
-        free={"a": (10, 18), "b": (3, 11)},
+        "{name} swims {a:lap} on Tuesday. On Thursday it is {b} fewer than on Tuesday. "
+        "What is the number of laps on both days together?",
+        "On Thursday there were {s1:lap}. On both days there were {s2:lap}.",
+        steps=("a - b", "a + x"),
+        free={"b": (3, 9), "d": (7, 13)},
+        given={"a": "b + d"},
     ),
     Template(
-        "circus_tickets",
+        "hostel_nights",
         "money",
-        "A ticket for the circus is ${b}. {name} orders tickets for a group of {a:person}. "
-        "What is the total price in dollars?",
-        "There are {a:ticket} at {b:dollar} each. That is {s1:dollar}.",
+        "A bed in the hostel is ${b} a night, and {name} sleeps there for {a:night}. "
+        "What does the stay come to, in dollars?",
+        "There are {a:night} at {b:dollar} each. That is {s1:dollar}.",
         steps=("a * b",),
         free={"a": (2, 10), "b": (4, 12)},
     ),
     Template(
-        "lamp_budget",
+        "mowing_lawns",
         "money",
-        "With ${a} in {his} pocket, {name} goes to the market. {He} takes home {b:thing}, each of them ${c}. "
-        "What is left in {his} pocket, in dollars?",
-        "{name} spends {s1:dollar}. That leaves {s2:dollar}.",
-        steps=("b * c", "a - x"),
-        free={"b": (2, 8), "c": (2, 9), "d": (3, 11)},
-        given={"a": "b * c + d"},
+        "Neighbors give {name} ${a} for every lawn that {he} mows. Today {he} mows {b:lawn}, and the last neighbor "
+        "adds ${c} as a tip. What does {name} take home, in dollars?",
+        "The lawns bring {s1:dollar}. With the tip, that is {s2:dollar}.",
+        steps=("b * a", "x + c"),
+        free={"a": (2, 9), "b": (2, 8), "c": (3, 11)},
     ),
     Template(
-        "bakery_hour",
+        "office_printer",
         "rate",
-        "In {b:hour} the bakery of {name} makes {a:loaf} of bread, the same number each hour. "
-        "How many loaves come out of the oven per hour?",
-        "The bakery makes {a:loaf} in {b:hour}. In one hour it makes {s1:loaf}.",
+        "The printer of {name} puts out {a:page} in {b:minute} without changing its speed. "
+        "How many pages per minute is that?",
+        "The printer puts out {a:page} in {b:minute}. In one minute it puts out {s1:page}.",
         steps=("a / b",),
         free={"b": (2, 9), "q": (4, 12)},
         given={"a": "b * q"},
     ),
     Template(
-        "farm_cows",
+        "red_cars",
         "percent",
-        "A farmer named {name} keeps {a} animals, and {p}% of these are cows. How many cows does the farmer keep?",
-        "{p}% of {a} animals is {s1:cow}.",
+        "{name} guards a garage with {a:car} in it, {p}% of them red. What is the number of red cars?",
+        "{p}% of {a:car} is {s1:car}.",
         steps=("a * p / 100",),
         free={"a": (20, 100, 10), "p": (10, 90, 10)},
     ),
     Template(
-        "sale_bike",
+        "rent_rise",
         "percent",
-        "The price of the bike that {name} likes was ${a}. In the sale the shop takes {p}% off. "
-        "What is the sale price in dollars?",
-        "{p}% of {a} is {s1:dollar}. The sale price is {s2:dollar}.",
-        steps=("a * p / 100", "a - x"),
+        "Until now {name} paid ${a} a week for {his} room. The owner raises this by {p}%. "
+        "What is the new rent for a week, in dollars?",
+        "{p}% of {a} is {s1:dollar}. The new rent is {s2:dollar}.",
+        steps=("a * p / 100", "a + x"),
         free={"a": (50, 130, 10), "p": (10, 60, 10)},
     ),
     Template(
-        "ferry",
+        "lake_walk",
         "time",
-        "The ferry of {name} leaves the harbor at {a} o'clock in the morning and needs {b:hour} for the crossing. "
-        "It is {c:hour} late. At what hour does it arrive?",
-        "The ferry leaves at {a} and needs {b:hour}, which gives {s1}. It is {c:hour} late, so it arrives at {s2}.",
+        "At {a} o'clock in the morning {name} sets out for the lake. The way there takes {b:hour}, "
+        "and {he} rests at the lake for {c:hour}. At what hour does the way back begin?",
+        "{name} sets out at {a} and walks {b:hour}, which gives {s1}. The rest takes {c:hour}, "
+        "so the way back begins at {s2}.",
         steps=("a + b", "x + c"),
         free={"a": (1, 5), "b": (2, 4), "c": (1, 3)},
     ),
     Template(
-        "egg_cartons",
+        "photo_album",
         "remainder",
-        "The hens of {name} lay {a:egg}. A carton takes {b:egg}, and {name} sells only full cartons. "
-        "How many eggs stay at home?",
-        "{q:carton} hold {s1:egg}. That leaves {s2:egg}.",
+        "{name} puts {a:photo} into an album, {b:photo} on a page, and begins a new page only when one is full. "
+        "The last page does not become full. How many photos are on it?",
+        "{q:page} hold {s1:photo}. That leaves {s2:photo}.",
         steps=("q * b", "a - x"),
         free={"b": (5, 12), "q": (2, 9), "r": (1, 4)},
         given={"a": "b * q + r"},
     ),
     Template(
-        "two_temperatures",
+        "two_parcels",
         "average",
-        "{name} measures {a} degrees at noon on the first day and {b} degrees at noon on the second day. "
-        "What is the mean of the two, in degrees?",
-        "The sum is {s1:degree}. The average is {s2:degree}.",
+        "The mail brings {name} a parcel of {a:kilogram} and another of {b:kilogram}. "
+        "What do they weigh on average, in kilograms?",
+        "The sum is {s1:kilogram}. The average is {s2:kilogram}.",
         steps=("a + b", "x / 2"),
         free={"m": (8, 16), "d": (1, 7)},
         given={"a": "m + d", "b": "m - d"},
     ),
     Template(
-        "laundry",
+        "theater_seats",
         "two_step",
-        "{name} has {a:shirt} to wash. One load of {b} is done already. The others go into {c} equal loads. "
-        "How many shirts are in one of these loads?",
-        "There are {s1:shirt} still to wash. Each of {c} loads has {s2:shirt}.",
+        "A small theater has {a:seat}. The front row takes {b} of them, and {name} puts the others in {c} rows of the "
+        "same length. How many seats does one of these rows have?",
+        "Behind the front row there are {s1:seat}. Each of {c} rows has {s2:seat}.",
         steps=("a - b", "x / c"),
         free={"b": (4, 12), "c": (2, 8), "q": (2, 9)},
         given={"a": "c * q + b"},
     ),
     Template(
-        "video_game",
+        "daily_letters",
         "two_step",
-        "In a video game, {name} beats {a:monster} in level one and {b:monster} in level two. "
-        "Each gives {c:point}. What is the score?",
-        "In all {name} beats {s1:monster}. At {c:point} each, that is {s2:point}.",
+        "Each day {name} writes {a:letter} before lunch and {b:letter} after lunch. "
+        "How many letters has {he} written after {c:day}?",
+        "In one day {name} writes {s1:letter}. In {c:day}, that is {s2:letter}.",
         steps=("a + b", "x * c"),
         free={"a": (2, 10), "b": (2, 10), "c": (3, 9)},
     ),
     Template(
-        "fish_pond",
+        "harbor_boats",
         "two_step",
-        "The pond of {name} had {a} goldfish. A heron took {b}, and {pal} brought {c} new ones. "
-        "How many goldfish swim in the pond today?",
-        "After the heron there were {s1} goldfish. With the {c} new ones, there are {s2} goldfish.",
-        steps=("a - b", "x + c"),
-        free={"b": (2, 10), "d": (3, 11), "c": (2, 10)},
-        given={"a": "b + d"},
+        "At dawn {name} sees {a:boat} in the harbor. By noon {b} have come in and {c} have sailed away. "
+        "What number of boats does {he} see at noon?",
+        "With the new ones there were {s1:boat}. After {c} had left, there were {s2:boat}.",
+        steps=("a + b", "x - c"),
+        free={"b": (2, 10), "c": (2, 10), "d": (3, 11)},
+        given={"a": "c + d"},
     ),
     Template(
-        "school_trip",
+        "hotel_beds",
         "three_step",
-        "On a school trip, {a:child} pay ${b} each and {c:teacher} pay ${d} each. "
-        "How much money, in dollars, does {name} collect from all of them?",
-        "The children pay {s1:dollar}. The teachers pay {s2:dollar}. In all that is {s3:dollar}.",
+        "One wing of a hotel has {a} rooms with {b:bed} each, the other wing has {c} rooms with {d:bed} each. "
+        "How many beds does {name} make if all must be made?",
+        "The first wing has {s1:bed}. The second wing has {s2:bed}. In all that is {s3:bed}.",
         steps=("a * b", "c * d", "x + y"),
         free={"a": (5, 12), "b": (2, 6), "c": (2, 5), "d": (3, 9)},
     ),
     Template(
-        "lemonade_stand",
+        "fair_cupcakes",
         "three_step",
-        "{name} sells {a:cup} of lemonade at ${b} a cup and finds ${c} under the table. "
-        "The lemons cost {him} ${d}. What sum of dollars remains?",
-        "The lemonade brings {s1:dollar}. With the find, that is {s2:dollar}. After the lemons, {s3:dollar} are left.",
+        "{name} brings {a:tray} of {b:cupcake} to the fair, and {pal} brings {c:cupcake} in a tin. "
+        "Guests eat {d} of all these. How many cupcakes remain?",
+        "The trays hold {s1:cupcake}. With those of {pal}, that is {s2:cupcake}. Now {s3:cupcake} are left.",
         steps=("a * b", "x + c", "y - d"),
         free={"a": (6, 14), "b": (2, 5), "c": (2, 9), "d": (3, 10)},
     ),

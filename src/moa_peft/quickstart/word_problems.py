@@ -8,7 +8,7 @@ training, with numbers of its own.
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
@@ -20,10 +20,11 @@ from moa_peft.quickstart.templates import Template, draw_numbers, fill
 from moa_peft.quickstart.templates_held_out import HELD_OUT_TEMPLATES
 from moa_peft.quickstart.templates_multi_step import MULTI_STEP_TEMPLATES
 from moa_peft.quickstart.templates_one_step import ONE_STEP_TEMPLATES
+from moa_peft.quickstart.templates_varied import VARIED_TEMPLATES
 
 Split = Literal["train", "validation", "test"]
 
-TRAIN_TEMPLATES = ONE_STEP_TEMPLATES + MULTI_STEP_TEMPLATES
+TRAIN_TEMPLATES = ONE_STEP_TEMPLATES + MULTI_STEP_TEMPLATES + VARIED_TEMPLATES
 TEST_TEMPLATES = HELD_OUT_TEMPLATES
 
 _TEMPLATES: dict[Split, tuple[Template, ...]] = {
@@ -59,13 +60,16 @@ def split_of_operands(operands: tuple[int, ...]) -> Split:
     return next(split for split, buckets in _BUCKETS.items() if bucket in buckets)
 
 
-def generate_word_problems(split: Split, *, num_rows: int, seed: int = 0) -> list[WordProblem]:
+def generate_word_problems(
+    split: Split, *, num_rows: int, seed: int = 0, templates: Sequence[Template] | None = None
+) -> list[WordProblem]:
     """Generate problems of one split, every template equally often as far as its numbers reach.
 
     Args:
         split: `train`, `validation` or `test`.
         num_rows: How many; no question occurs twice.
         seed: Another seed draws other problems, never across the borders of the splits.
+        templates: Use only these, with the numbers of the split; by default all of the split.
 
     Returns:
         The problems in random order of templates. With fewer rows asked, a prefix of the same list.
@@ -78,7 +82,8 @@ def generate_word_problems(split: Split, *, num_rows: int, seed: int = 0) -> lis
     if num_rows < 0:
         raise UserError(f"num_rows is {num_rows}; it must be 0 or more.")
     problems: list[WordProblem] = []
-    for problem in _draw_problems(split, Random(f"{split}/{seed}")):
+    chosen = _TEMPLATES[split] if templates is None else templates
+    for problem in _draw_problems(split, chosen, Random(f"{split}/{seed}")):
         if len(problems) == num_rows:
             return problems
         problems.append(problem)
@@ -117,14 +122,19 @@ def write_word_problems(
     paths: dict[Split, Path] = {}
     for split, rows in problems.items():
         paths[split] = folder / f"{split}.jsonl"
-        write_atomically(paths[split], "".join(json.dumps(row.as_row()) + "\n" for row in rows))
+        write_rows(paths[split], rows)
     return paths
 
 
-def _draw_problems(split: Split, random: Random) -> Iterator[WordProblem]:
+def write_rows(path: Path, problems: Iterable[WordProblem]) -> None:
+    """Write problems to one file, a row per line as in `WordProblem.as_row`; its folder exists."""
+    write_atomically(path, "".join(json.dumps(problem.as_row()) + "\n" for problem in problems))
+
+
+def _draw_problems(split: Split, templates: Sequence[Template], random: Random) -> Iterator[WordProblem]:
     """Yield new problems, a shuffled round over the templates at a time, until no template has any left."""
     seen: set[str] = set()
-    active = list(_TEMPLATES[split])
+    active = list(templates)
     while active:
         exhausted = []
         for template in sorted(active, key=lambda _: random.random()):
