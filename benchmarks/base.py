@@ -20,7 +20,7 @@ Sampling = Literal["sequential", "random", "group_by_length"]
 Track = Callable[[Iterable[int], int, str], Iterable[int]]
 """Wraps the loop over rounds: the rounds, how many there are, and what to call them."""
 
-AXES = ("experts", "rank", "tokens", "layers", "active")
+AXES = ("experts", "rank", "tokens", "layers")
 
 
 def silent(rounds: Iterable[int], total: int, description: str) -> Iterable[int]:

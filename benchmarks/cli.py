@@ -70,7 +70,7 @@ def benchmark(
     vocabulary: Annotated[int, typer.Option(help="Tokens in the vocabulary; small, so that blocks decide.")] = 1000,
     rank: Annotated[int, typer.Option(help="LoRA rank; parallel adapters are twice as wide.")] = 8,
     active: Annotated[float, typer.Option(help="Share of tokens for which Sparse MoA keeps an expert.")] = 0.5,
-    axes: Annotated[str | None, typer.Option(help="For scaling: experts,rank,tokens,layers,active.")] = None,
+    axes: Annotated[str | None, typer.Option(help="For scaling: experts,rank,tokens,layers.")] = None,
     data: Annotated[Path | None, typer.Option(help="For end_to_end: JSON rows with instruction and output.")] = None,
     model: Annotated[str, typer.Option(help="For end_to_end: packaged, a folder or a hub id.")] = "packaged",
     steps: Annotated[int, typer.Option(help="For end_to_end: timed optimiser steps.")] = 6,
@@ -93,7 +93,7 @@ def benchmark(
 
         python -m benchmarks saved_bytes --family llama --family gemma3 --dtype bfloat16 --autocast
 
-        python -m benchmarks scaling --axes experts,active
+        python -m benchmarks scaling --axes experts,rank
 
         python -m benchmarks end_to_end --data train.json --batch 8
 

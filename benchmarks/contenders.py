@@ -39,11 +39,11 @@ def lora_config(rank: int, copies: int) -> PeftConfig:
     return method_config("lora", rank=rank)
 
 
-def moa_config(method: str, *, prompt: bool) -> Callable[[int, int], PeftConfig]:
+def moa_config(method: str, *, prompt: bool, **knobs: Any) -> Callable[[int, int], PeftConfig]:
     """A mixture whose experts all come in the wanted number of copies."""
 
     def config(rank: int, copies: int) -> PeftConfig:
-        one: Any = method_config(method, rank=rank, adapter_size=2 * rank, prompt=prompt)
+        one: Any = method_config(method, rank=rank, adapter_size=2 * rank, prompt=prompt, **knobs)
         return MoAConfig(experts=[expert | {"num": copies} for expert in one.experts], router=one.router)
 
     return config
@@ -56,8 +56,16 @@ CONTENDERS: dict[str, Contender] = {
     "soft_prompt": Contender("Soft MoA: 7 experts", moa_config("soft_moa", prompt=True)),
     "sparse": Contender("Sparse MoA: 6 experts", moa_config("sparse_moa", prompt=False)),
     "sparse_prompt": Contender("Sparse MoA with the prompt expert: 7 experts", moa_config("sparse_moa", prompt=True)),
+    "sparse_cut": Contender(
+        "Sparse MoA without a gradient through the threshold: 6 experts",
+        moa_config("sparse_moa", prompt=False, threshold_gradient="none"),
+    ),
     "soft_24": Contender("soft, four of each of its experts", moa_config("soft_moa", prompt=False)),
     "sparse_24": Contender("sparse, four of each of its experts", moa_config("sparse_moa", prompt=False)),
+    "sparse_cut_24": Contender(
+        "sparse_cut, four of each of its experts",
+        moa_config("sparse_moa", prompt=False, threshold_gradient="none"),
+    ),
 }
 TIMED = (BASE, "lora", "soft", "soft_prompt", "sparse", "sparse_prompt")
 

@@ -1,5 +1,4 @@
-"""How the cost of a training step grows with the number of experts, the rank, the tokens and the layers, and how it
-falls with the share of active experts.
+"""How the cost of a training step grows with the number of experts, the rank, the tokens and the layers.
 
 One axis is varied at a time. Every point of an axis has two anchors: the same method at the first point of the axis
 (how it grows) and the base model of the same size (what it costs there). Measured are the seconds of a training step,
@@ -9,8 +8,6 @@ experts   6 and 24 (four of each)
 rank      1, 4 and 16 times --rank; the parallel adapter is always twice as wide
 tokens    a quarter of --tokens per row, --tokens, and twice as many
 layers    a third of --layers, --layers, and twice as many
-active    Sparse MoA with 24 experts of rank 64 (or --rank, if larger) that keeps 100, 50, 25 and 10 % of its
-          (token, expert) pairs, beside Soft MoA, which computes all of them: where leaving experts out begins to pay
 """
 
 from collections.abc import Iterator
@@ -24,8 +21,6 @@ from benchmarks.rows import BASE, Row, rows_of
 from benchmarks.saved_bytes import contender_footprint
 from benchmarks.timing import interleave
 from benchmarks.training_step import timed_step
-
-LARGE_RANK = 64
 
 
 @dataclass(frozen=True)
@@ -62,15 +57,6 @@ def points(axis: str, options: Options, methods: tuple[str, ...]) -> list[Point]
             made += [Point(first, method, options, (first, BASE))]
             made += [Point(f"{method}[experts=24]", f"{method}_24", options, (first, BASE))]
         return made
-    if axis == "active":
-        large = options.changed(rank=max(LARGE_RANK, options.rank))
-        made = [Point(BASE, BASE, large, (BASE,)), Point("soft", "soft_24", large, (BASE,))]
-        for fraction in (1.0, 0.5, 0.25, 0.1):
-            label = f"sparse[active={fraction}]"
-            made += [
-                Point(label, "sparse_24", large.changed(active_fraction=fraction), ("sparse[active=1.0]", "soft"))
-            ]
-        return made
     made = [] if axis != "rank" else [Point(BASE, BASE, options, (BASE,))]
     for method in methods if axis == "rank" else (BASE, *methods):
         first = ""
@@ -98,7 +84,7 @@ def _values(axis: str, options: Options) -> Iterator[tuple[int, Options]]:
 class Scaling(Benchmark):
     """See the module's docstring."""
 
-    summary = "step seconds and saved bytes over experts, rank, tokens, layers, active share"
+    summary = "step seconds and saved bytes over experts, rank, tokens, layers"
     methods = (BASE, "soft", "sparse")
     allowed = (BASE, "lora", "soft", "sparse")
     repeats = 7

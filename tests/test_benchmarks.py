@@ -76,7 +76,7 @@ def check_rows(rows: list[Row], name: str) -> None:
 
 @pytest.mark.parametrize("name", EVERYWHERE)
 def test_benchmark_gives_well_formed_rows(name: str) -> None:
-    benchmark, options = BENCHMARKS[name](), replace(TINY, axes=("experts", "active") if name == "scaling" else ())
+    benchmark, options = BENCHMARKS[name](), replace(TINY, axes=("experts",) if name == "scaling" else ())
     options.check()
     benchmark.check(options)
     rows = benchmark.run(options)
@@ -102,7 +102,7 @@ def test_scaling_compares_each_point_with_the_first_and_with_the_base() -> None:
     labels = {point.label: point.anchors for point in points("layers", TINY, ("soft",))}
     assert labels["soft[layers=4]"] == ("soft[layers=1]", "base[layers=4]")
     assert labels["base[layers=2]"] == ("base[layers=1]",)
-    for axis in ("experts", "rank", "tokens", "layers", "active"):
+    for axis in ("experts", "rank", "tokens", "layers"):
         found = points(axis, TINY, ("soft", "sparse"))
         known = {point.label for point in found}
         assert len(known) == len(found)

@@ -1,6 +1,7 @@
 """The fused path equals the plain one in value and gradient, and gives way where it does not apply."""
 
 import threading
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -265,3 +266,73 @@ def test_training_after_generation_in_inference_mode():
         logits(model.eval())
     model.train()(**tiny_batch()).loss.backward()
     assert gradients(model)
+
+
+class TestSkipping:
+    """Large sites of a sparse mixture read and add to the tokens that have a weight there, and to no others."""
+
+    BATCH = {"rows": 4, "tokens": 40}
+
+    def mixture(self, *, gradient: str, threshold: float = 0.6) -> nn.Module:
+        experts = [
+            {"type": "lora", "target": ["q", "o", "gate", "down"], "rank": 40},
+            {"type": "lora", "target": "v", "rank": 4},
+            {"type": "parallel", "size": 48},
+            {"type": "prompt", "length": 3},
+        ]
+        router = {"type": "sigmoid", "threshold": "constant", "max_threshold": threshold, "threshold_gradient": gradient}
+        return trained(config=MoAConfig(experts=experts, router=router, **CAUSAL)).train()
+
+    def skipping(self, model: nn.Module) -> set[str]:
+        return {part.part for part in moa_status(model).parts if part.skips}
+
+    @pytest.mark.parametrize("threshold", [0.6, 0.999, 0.001], ids=["some", "none", "all"])
+    @pytest.mark.parametrize("gradient", ["none", "shifted"])
+    def test_values_and_gradients_are_those_of_the_plain_path(self, gradient, threshold):
+        model = self.mixture(gradient=gradient, threshold=threshold)
+        assert self.skipping(model) == {"lora_q", "lora_o", "lora_gate", "lora_down", "parallel_adapter"}
+        batch = tiny_batch(**self.BATCH)
+        results = []
+        for plain in (False, True):
+            with plain_path(model) if plain else nullcontext():
+                output = model(**batch)
+                output.loss.backward()
+            results.append((output.logits.detach(), gradients(model)))
+        torch.testing.assert_close(results[0][0], results[1][0], atol=2e-5, rtol=1e-4)
+        torch.testing.assert_close(results[0][1], results[1][1], atol=2e-5, rtol=1e-3)
+
+    def test_the_straight_through_estimate_needs_every_token_in_training(self):
+        model = self.mixture(gradient="straight_through")
+        assert self.skipping(model) == set()
+        with torch.no_grad():
+            assert "lora_q" in self.skipping(model)
+        assert "leaves out" not in str(model.moa_status())
+
+    def test_inference_leaves_tokens_out(self):
+        model = self.mixture(gradient="straight_through").eval()
+        batch = tiny_batch(**self.BATCH)
+        rows: list[int] = []
+
+        class Count(torch.overrides.TorchFunctionMode):
+            def __torch_function__(self, func, types, args=(), kwargs=None):
+                if func is torch.nn.functional.linear and args[1].shape[0] == 40:
+                    rows.append(args[0].numel() // args[0].shape[-1])
+                return func(*args, **(kwargs or {}))
+
+        with Count():
+            values = logits(model, batch)
+        with plain_path(model):
+            torch.testing.assert_close(values, logits(model, batch), atol=2e-5, rtol=1e-4)
+        tokens = batch["input_ids"].numel()
+        assert min(rows) < 0.6 * tokens
+        assert all(count <= 0.6 * tokens or count == tokens for count in rows)
+
+    def test_few_tokens_are_not_worth_it(self):
+        model = self.mixture(gradient="none").eval()
+        with plain_path(model):
+            expected = logits(model)
+        torch.testing.assert_close(logits(model), expected, atol=2e-5, rtol=1e-4)
+
+    def test_soft_mixtures_never_skip(self):
+        model = trained(config=MoAConfig(experts=[{"type": "lora", "target": "q", "rank": 64}], **CAUSAL))
+        assert self.skipping(model) == set()

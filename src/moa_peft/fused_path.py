@@ -15,6 +15,7 @@ from moa_peft.architectures import ATTENTION_INPUT
 from moa_peft.call import Call, Site
 from moa_peft.functional import linear
 from moa_peft.initialization import MasterLinear
+from moa_peft.mixture import Layout
 from moa_peft.mlp import MLP_SITE, MLPSite, install_fused_mlp, uninstall_fused_mlp
 from moa_peft.packed import columns, read, read_matrix
 from moa_peft.plan import submodule
@@ -27,6 +28,13 @@ if TYPE_CHECKING:
     from moa_peft.layer import MoALayer
 
 SWITCHED_OFF = "switched off"
+
+SKIP_SHARE = {"cpu": 0.6}
+"""By device: up to this share of tokens with a weight, a large site reads and adds to these alone. Measured with
+``python -m benchmarks scaling``; on a device that is not here every token takes part."""
+
+SKIP_TOKENS = 64
+"""Forwards over fewer tokens leave none out."""
 
 
 class FusedPath:
@@ -69,7 +77,9 @@ class FusedPath:
         """Route together with the experts that read what the router reads; False where that is not possible."""
         if self._routing_obstacle(adapter_name):
             return False
-        shared = self.layer.mixtures[adapter_name].inputs[ATTENTION_INPUT]
+        shared = self._layout(adapter_name, hidden).inputs.get(ATTENTION_INPUT)
+        if shared is None:
+            return False
         router = self._router(adapter_name)
         experts, reads = shared.linears(), router.reads()
         z = self._product(call, shared, [*experts, *reads], hidden)
@@ -96,38 +106,72 @@ class FusedPath:
         product = mixture.products.get(site)
         if product is None or not self.enabled:
             return None
-        shared = mixture.inputs[mixture.input_of[site]]
+        layout = self._layout(adapter_name, x)
+        shared = layout.read_by(site)
         held = call.shared.get((adapter_name, shared.name))
+        index = None
         if held is None or not _same(held[0], x):
             if shared.obstacle():
                 return None
-            z = self._product(call, shared, shared.linears(), x)
-            held = self._weight(call, adapter_name, shared, x, z, call.routings[adapter_name])
+            routing = call.routings[adapter_name]
+            if site in layout.alone:
+                index = product.active_tokens(routing.weights)
+                if len(index) > SKIP_SHARE[x.device.type] * (x.numel() // x.shape[-1]):
+                    index = None
+            z = self._product(call, shared, shared.linears(), x, index)
+            held = self._weight(call, adapter_name, shared, x, z, routing, index)
         parts = product.writes()
         write: torch.Tensor | list[torch.Tensor] = parts
         if not torch.is_grad_enabled():
             key = ("write", id(product), output.dtype)
             write = call.once_per_generation(key, parts, partial(columns, parts, output.dtype))
-        return add_product(output, held[1][site], write, in_place=self._owns_output(module))
+        return add_product(output, held[1][site], write, in_place=self._owns_output(module), index=index)
+
+    def _layout(self, adapter_name: str, x: torch.Tensor | None = None) -> Layout:
+        """Which sites share a product in this forward, or in one over many tokens like `x`."""
+        mixture = self.layer.mixtures[adapter_name]
+        if mixture.skipping is mixture.shared or torch.compiler.is_compiling():
+            return mixture.shared
+        if x is not None and (x.device.type not in SKIP_SHARE or x.numel() < SKIP_TOKENS * x.shape[-1]):
+            return mixture.shared
+        skips = self._router(adapter_name).may_skip(with_gradient=torch.is_grad_enabled())
+        return mixture.skipping if skips else mixture.shared
 
     def _product(
-        self, call: Call, shared: SharedInput, linears: Sequence[MasterLinear], x: torch.Tensor
+        self,
+        call: Call,
+        shared: SharedInput,
+        linears: Sequence[MasterLinear],
+        x: torch.Tensor,
+        index: torch.Tensor | None = None,
     ) -> torch.Tensor:
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            return read(x, linears)
+            return read(x, linears, index)
+        if index is not None:
+            x = x.reshape(-1, x.shape[-1]).index_select(0, index)
         parameters = [parameter for module in linears for parameter in module.parameters(recurse=False)]
         key = ("read", id(shared), len(linears), x.dtype)
         weight, bias = call.once_per_generation(key, parameters, partial(read_matrix, linears, x.dtype))
         return linear(x, weight, bias)
 
     def _weight(
-        self, call: Call, adapter_name: str, shared: SharedInput, x: torch.Tensor, z: torch.Tensor, routing: Routing
+        self,
+        call: Call,
+        adapter_name: str,
+        shared: SharedInput,
+        x: torch.Tensor,
+        z: torch.Tensor,
+        routing: Routing,
+        index: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, dict[Site, torch.Tensor]]:
         weights = routing.weights
-        if weights.dim() != z.dim():
+        if index is not None:
+            weights = weights.reshape(-1, weights.shape[-1]).index_select(0, index)
+        elif weights.dim() != z.dim():
             weights = weights.reshape(*z.shape[:-1], weights.shape[-1])
         held = (x, shared.weighted(z, weights))
-        call.shared[adapter_name, shared.name] = held
+        if index is None:
+            call.shared[adapter_name, shared.name] = held
         return held
 
     def _router(self, adapter_name: str) -> Router:
@@ -148,9 +192,10 @@ class FusedPath:
         name, *others = call.routings
         mixture = self.layer.mixtures[name]
         product = None if others or not attended.is_contiguous() else mixture.products.get((path, path))
-        if product is None or product.obstacle():
+        layout = self._layout(name, attended)
+        if product is None or product.obstacle() or product.site in layout.alone:
             return recomputed_with_prompts(attended, query, states, scaling, [])[0]
-        shared = mixture.inputs[mixture.input_of[product.site]]
+        shared = layout.read_by(product.site)
         reads = [module.weight for module in shared.linears()]
         total, z = recomputed_with_prompts(attended, query, states, scaling, reads)
         assert z is not None
@@ -185,7 +230,7 @@ class FusedPath:
         for name, routing in call.routings.items():
             mixture = self.layer.mixtures[name]
             if site in mixture.products:
-                shared = mixture.inputs[mixture.input_of[site]]
+                shared = mixture.shared.read_by(site)
                 reads += [module.weight for module in shared.linears()]
                 writes += mixture.products[site].writes()
                 scales.append(shared.spread(routing.weights.to(dtype)))
@@ -205,15 +250,21 @@ class FusedPath:
             elif slot.modules not in mixture.products:
                 found[slot.name] = "experts of its site are no products of two linear layers"
             else:
-                shared = mixture.inputs[mixture.input_of[slot.modules]]
+                shared = self._layout(adapter_name).read_by(slot.modules)
                 found[slot.name] = shared.obstacle() if self.enabled else SWITCHED_OFF
         site = None if self._mlp is None else self._mlp.__dict__[MLP_SITE]
         found["mlp"] = "it is not down(act(gate) * up)" if site is None else site.obstacle([adapter_name])
         return found
 
+    def skipping(self, adapter_name: str) -> frozenset[str]:
+        """Names of the experts that leave out tokens without a weight, where these are many enough."""
+        mixture = self.layer.mixtures[adapter_name]
+        alone = self._layout(adapter_name).alone if self.enabled else frozenset()
+        return frozenset(slot.name for slot in mixture.slots if slot.modules in alone)
+
     def _routing_obstacle(self, adapter_name: str) -> str | None:
         mixture = self.layer.mixtures[adapter_name]
-        shared = mixture.inputs.get(ATTENTION_INPUT)
+        shared = self._layout(adapter_name).inputs.get(ATTENTION_INPUT)
         if not self.enabled:
             return SWITCHED_OFF
         normed = mixture.router_input == "normed" and self.layer.norm_name is not None

@@ -12,6 +12,38 @@ from moa_peft.config import MoAConfig
 from moa_peft.plan import Slot
 from moa_peft.products import SharedInput, SiteProduct
 
+SKIP_RANK = 32
+"""Sites of at least this rank in all may leave out tokens (docs/performance.md)."""
+
+
+@dataclass(frozen=True, eq=False)
+class Layout:
+    """Which sites share the product that reads their input.
+
+    Attributes:
+        inputs: what is read, by name.
+        input_of: site to the name of what it reads.
+        alone: sites that read for themselves, because they may leave out tokens.
+    """
+
+    inputs: Mapping[str, SharedInput]
+    input_of: Mapping[Site, str]
+    alone: frozenset[Site]
+
+    @classmethod
+    def of(cls, products: Mapping[Site, SiteProduct], alone: frozenset[Site], architecture: Architecture) -> "Layout":
+        """The layout in which all sites but `alone` share what they can."""
+        input_of = {site: " > ".join(site) if site in alone else architecture.input_of(site[0]) for site in products}
+        inputs = {
+            name: SharedInput(name, [products[site] for site in products if input_of[site] == name])
+            for name in dict.fromkeys(input_of.values())
+        }
+        return cls(inputs, input_of, alone)
+
+    def read_by(self, site: Site) -> SharedInput:
+        """What a site reads."""
+        return self.inputs[self.input_of[site]]
+
 
 @dataclass(frozen=True, eq=False)
 class Mixture:
@@ -22,16 +54,16 @@ class Mixture:
         router_input: ``normed`` or ``residual``.
         granularity: ``token`` or ``sequence``.
         products: sites whose experts are all products of linear layers, see `moa_peft.products`.
-        inputs: what these sites read, by name.
-        input_of: site to the name of what it reads.
+        shared: the layout in which all of them share what they read.
+        skipping: the layout for forwards in which large sites may leave out tokens.
     """
 
     slots: tuple[Slot, ...]
     router_input: str
     granularity: str
     products: Mapping[Site, SiteProduct]
-    inputs: Mapping[str, SharedInput]
-    input_of: Mapping[Site, str]
+    shared: Layout
+    skipping: Layout
 
     @classmethod
     def of(
@@ -49,16 +81,14 @@ class Mixture:
         for column, slot in enumerate(slots):
             sites[slot.modules].append((column, experts.get_submodule(slot.name)))
         products = {
-            site: SiteProduct(site, members)
+            site: SiteProduct(site, members, len(slots))
             for site, members in sites.items()
             if all(expert.factors() is not None for _, expert in members)
         }
-        input_of = {site: architecture.input_of(site[0]) for site in products}
-        inputs = {
-            name: SharedInput(name, [products[site] for site in products if input_of[site] == name], len(slots))
-            for name in dict.fromkeys(input_of.values())
-        }
-        return cls(slots, config.router_input, config.granularity, products, inputs, input_of)
+        large = frozenset(site for site, product in products.items() if product.rank >= SKIP_RANK)
+        shared = Layout.of(products, frozenset(), architecture)
+        skipping = Layout.of(products, large, architecture) if large else shared
+        return cls(slots, config.router_input, config.granularity, products, shared, skipping)
 
     def at(self, site: Site) -> list[tuple[int, Slot]]:
         """Columns and slots of the experts at a site."""

@@ -42,70 +42,91 @@ def read_matrix(linears: Sequence[MasterLinear], dtype: torch.dtype) -> tuple[to
     return weight, rows(biases, dtype)
 
 
-def read(x: torch.Tensor, linears: Sequence[MasterLinear]) -> torch.Tensor:
+def read(x: torch.Tensor, linears: Sequence[MasterLinear], index: torch.Tensor | None = None) -> torch.Tensor:
     """What several layers make of ``[.., in]``, side by side: ``[.., R]``, in the dtype of `x` (of autocast).
 
     The same as `torch.nn.functional.linear` with `read_matrix`.
+
+    Args:
+        x: ``[.., in]``.
+        linears: the layers.
+        index: ``[n]`` tokens to read, counted over all leading dimensions; the result is then ``[n, R]``.
     """
     tensors = [tensor for linear in linears for tensor in (linear.weight, linear.bias)]
-    return _Read.apply(x, *tensors)  # type: ignore[return-value]
+    return _Read.apply(x, index, *tensors)  # type: ignore[return-value]
 
 
 class _Read(torch.autograd.Function):
     """See `read`."""
 
     @staticmethod
-    def forward(ctx: Any, x, *tensors):  # type: ignore[no-untyped-def]
+    def forward(ctx: Any, x, index, *tensors):  # type: ignore[no-untyped-def]
         weights, biases = tensors[::2], tensors[1::2]
-        ctx.save_for_backward(x, *weights)
+        ctx.save_for_backward(x, index, *weights)
         ctx.biases = [None if bias is None else bias.dtype for bias in biases]
         bias = None
         if any(bias is not None for bias in biases):
             filled = [w.new_zeros(w.shape[0]) if b is None else b for w, b in zip(weights, biases)]
             bias = rows(filled, x.dtype)
-        return F.linear(x, rows(weights, x.dtype), bias)
+        return F.linear(_tokens(x, index), rows(weights, x.dtype), bias)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, d_z):  # type: ignore[no-untyped-def]
-        x, *weights = ctx.saved_tensors
+        x, index, *weights = ctx.saved_tensors
         flat = d_z.reshape(-1, d_z.shape[-1])
-        d_x = (flat @ rows(weights, flat.dtype)).view(x.shape).to(x.dtype) if ctx.needs_input_grad[0] else None
-        d_weights = split_rows(flat.t() @ x.reshape(-1, x.shape[-1]).to(flat.dtype), weights)
+        d_x = None
+        if ctx.needs_input_grad[0]:
+            d_x = (flat @ rows(weights, flat.dtype)).to(x.dtype)
+            if index is not None:
+                d_x = x.new_zeros(x.shape).view(-1, x.shape[-1]).index_add_(0, index, d_x)
+            d_x = d_x.view(x.shape)
+        read_x = _tokens(x, index).reshape(-1, x.shape[-1]).to(flat.dtype)
+        d_weights = split_rows(flat.t() @ read_x, weights)
         sums = flat.sum(0).split([weight.shape[0] for weight in weights])
         d_biases = [None if dtype is None else piece.to(dtype) for piece, dtype in zip(sums, ctx.biases)]
-        return d_x, *(gradient for pair in zip(d_weights, d_biases) for gradient in pair)
+        return d_x, None, *(gradient for pair in zip(d_weights, d_biases) for gradient in pair)
 
 
-def add_in_place(output: torch.Tensor, inner: torch.Tensor, parts: Sequence[torch.Tensor]) -> torch.Tensor:
+def _tokens(x: torch.Tensor, index: torch.Tensor | None) -> torch.Tensor:
+    return x if index is None else x.reshape(-1, x.shape[-1]).index_select(0, index)
+
+
+def add_in_place(
+    output: torch.Tensor, inner: torch.Tensor, parts: Sequence[torch.Tensor], index: torch.Tensor | None = None
+) -> torch.Tensor:
     """``output += inner columns(parts)^T`` for any number of leading dimensions.
 
     Without the copy that autograd makes for a view that is changed in place.
 
     Args:
         output: ``[.., out]``, contiguous, no view.
-        inner: ``[.., R]`` in the dtype of `output`.
+        inner: ``[.., R]`` in the dtype of `output`; ``[n, R]`` with `index`.
         parts: the parts of ``[out, R]``.
+        index: ``[n]`` tokens to add to, counted over all leading dimensions.
     """
-    return _AddInPlace.apply(output, inner, *parts)  # type: ignore[return-value]
+    return _AddInPlace.apply(output, inner, index, *parts)  # type: ignore[return-value]
 
 
 class _AddInPlace(torch.autograd.Function):
     """See `add_in_place`."""
 
     @staticmethod
-    def forward(ctx: Any, output, inner, *parts):  # type: ignore[no-untyped-def]
+    def forward(ctx: Any, output, inner, index, *parts):  # type: ignore[no-untyped-def]
         ctx.mark_dirty(output)
-        ctx.save_for_backward(inner, *parts)
-        flat = inner.reshape(-1, inner.shape[-1])
-        output.view(-1, output.shape[-1]).addmm_(flat, columns(parts, output.dtype).t())
+        ctx.save_for_backward(inner, index, *parts)
+        flat, write = inner.reshape(-1, inner.shape[-1]), columns(parts, output.dtype).t()
+        if index is None:
+            output.view(-1, output.shape[-1]).addmm_(flat, write)
+        else:
+            output.view(-1, output.shape[-1]).index_add_(0, index, flat @ write)
         return output
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, gradient):  # type: ignore[no-untyped-def]
-        inner, *parts = ctx.saved_tensors
-        flat = gradient.reshape(-1, gradient.shape[-1])
+        inner, index, *parts = ctx.saved_tensors
+        flat = _tokens(gradient, index).reshape(-1, gradient.shape[-1])
         d_inner = (flat @ columns(parts, flat.dtype)).view(inner.shape) if ctx.needs_input_grad[1] else None
         d_parts = split_columns(flat.t() @ inner.reshape(-1, inner.shape[-1]), parts)
-        return gradient, d_inner, *d_parts
+        return gradient, d_inner, None, *d_parts

@@ -29,10 +29,12 @@ class SiteProduct:
     Args:
         site: the site.
         experts: columns in the routing, and the experts; all have factors.
+        num_experts: columns E of the routing.
     """
 
-    def __init__(self, site: Site, experts: Iterable[tuple[int, Expert]]) -> None:
+    def __init__(self, site: Site, experts: Iterable[tuple[int, Expert]], num_experts: int) -> None:
         self.site = site
+        self.num_experts = num_experts
         found = [(column, expert, expert.factors()) for column, expert in experts]
         self.experts = [expert for _, expert, _ in found]
         self.parts: list[tuple[int, Factors]] = [(column, factors) for column, _, factors in found if factors]
@@ -46,6 +48,15 @@ class SiteProduct:
         """The parts of the matrix ``[out, R]`` that all experts write with, a column for each bias last."""
         biases = [factors.write.bias for _, factors in self.biased]
         return [factors.write.weight for _, factors in self.parts] + [bias for bias in biases if bias is not None]
+
+    def active_tokens(self, weights: torch.Tensor) -> torch.Tensor:
+        """``[n]`` the tokens for which an expert of the site has a weight.
+
+        Args:
+            weights: ``[.., E]``.
+        """
+        columns = sorted({column for column, _ in self.parts})
+        return weights.reshape(-1, weights.shape[-1])[:, columns].any(-1).nonzero().squeeze(-1)
 
     def obstacle(self) -> str | None:
         """Why the experts take the plain path in this forward; None where they take this one."""
@@ -62,10 +73,9 @@ class SharedInput:
     Args:
         name: what is read.
         products: the sites.
-        num_experts: columns E of the mixture's routing.
     """
 
-    def __init__(self, name: str, products: list[SiteProduct], num_experts: int) -> None:
+    def __init__(self, name: str, products: list[SiteProduct]) -> None:
         self.name = name
         self.products = products
         self.parts = [part for product in products for part in product.parts]
@@ -75,7 +85,7 @@ class SharedInput:
             for activation, run in groupby(self.parts, key=lambda part: part[1].activation)
         ]
         width = sum(size for _, size in self.runs)
-        self._spread = [[0.0] * width for _ in range(num_experts)]
+        self._spread = [[0.0] * width for _ in range(products[0].num_experts)]
         start = 0
         for column, factors in self.parts:
             stop = start + factors.read.out_features
@@ -138,26 +148,35 @@ def is_plain(module: nn.Module) -> bool:
 
 
 def add_product(
-    output: torch.Tensor, inner: torch.Tensor, write: torch.Tensor | Sequence[torch.Tensor], *, in_place: bool
+    output: torch.Tensor,
+    inner: torch.Tensor,
+    write: torch.Tensor | Sequence[torch.Tensor],
+    *,
+    in_place: bool,
+    index: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """``output + inner write^T``.
 
     Args:
         output: ``[.., out]``.
-        inner: ``[.., R]``.
+        inner: ``[.., R]``, or ``[n, R]`` with `index`.
         write: ``[out, R]``, or the parts of it (`moa_peft.packed.columns`).
         in_place: whether `output` is needed by nobody else.
+        index: ``[n]`` the tokens that `inner` is of; None: all of them.
     """
     inner = inner.to(output.dtype)
     owned = in_place and output.is_contiguous() and not torch.compiler.is_compiling()
     if not isinstance(write, torch.Tensor):
         if owned and output._base is None:
-            return add_in_place(output, inner, write)
+            return add_in_place(output, inner, write, index)
         write, owned = columns(write, output.dtype), False
     if torch.compiler.is_compiling():
         return output + F.linear(inner, write)
-    flat = inner.reshape(-1, inner.shape[-1])
-    if owned:
-        output.view(-1, output.shape[-1]).addmm_(flat, write.t())
-        return output
-    return torch.addmm(output.reshape(-1, output.shape[-1]), flat, write.t()).view(output.shape)
+    flat = output.view(-1, output.shape[-1]) if owned else output.reshape(-1, output.shape[-1])
+    inner = inner.reshape(-1, inner.shape[-1])
+    if index is not None:
+        part = inner @ write.t()
+        total = flat.index_add_(0, index, part) if owned else flat.index_add(0, index, part)
+    else:
+        total = flat.addmm_(inner, write.t()) if owned else torch.addmm(flat, inner, write.t())
+    return total.view(output.shape)

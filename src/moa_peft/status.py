@@ -18,12 +18,14 @@ class PartStatus:
         adapter: name of the adapter.
         part: ``router``, an expert's name, or ``mlp``: the block's own, fused with the experts of its down projection.
         obstacle: why it takes the plain path; None where it takes the fused one.
+        skips: whether it leaves out tokens without a weight, in forwards where these are many enough.
     """
 
     block: str
     adapter: str
     part: str
     obstacle: str | None
+    skips: bool = False
 
     @property
     def path(self) -> str:
@@ -41,12 +43,13 @@ class MoAStatus:
     parts: tuple[PartStatus, ...]
 
     def __str__(self) -> str:
-        groups: dict[tuple[str, str, str | None], list[str]] = {}
+        groups: dict[tuple[str, str, str | None, bool], list[str]] = {}
         for part in self.parts:
-            groups.setdefault((part.adapter, part.part, part.obstacle), []).append(part.block)
+            groups.setdefault((part.adapter, part.part, part.obstacle, part.skips), []).append(part.block)
         lines = [f"{'adapter':<12} {'part':<20} {'blocks':>6}  path"]
-        for (adapter, part, obstacle), blocks in groups.items():
+        for (adapter, part, obstacle, skips), blocks in groups.items():
             path = "fused" if obstacle is None else f"plain: {obstacle}"
+            path += ", leaves out tokens without a weight" if skips else ""
             lines.append(f"{adapter:<12} {part:<20} {len(blocks):>6}  {path}")
         return "\n".join(lines)
 
@@ -61,7 +64,7 @@ def moa_status(model: nn.Module) -> MoAStatus:
         ValueError: if it has none.
     """
     parts = [
-        PartStatus(name.removesuffix(".moa"), adapter, part, obstacle)
+        PartStatus(name.removesuffix(".moa"), adapter, part, obstacle, part in layer.fused_path.skipping(adapter))
         for name, layer in _layers(model).items()
         for adapter in layer.mixtures
         for part, obstacle in layer.fused_path.obstacles(adapter).items()

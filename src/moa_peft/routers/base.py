@@ -56,6 +56,14 @@ class Router(nn.Module, ABC):
     def reset_parameters(self, init: Init) -> None:
         """Set the initial weights."""
 
+    def may_skip(self, *, with_gradient: bool) -> bool:
+        """Whether it gives weights that are exactly 0, whose experts may be left out.
+
+        Args:
+            with_gradient: whether gradients must be the same too: no gradient may reach a weight of 0.
+        """
+        return False
+
     def frozen_parameters(self) -> list[nn.Parameter]:
         """Parameters that are saved but that no gradient reaches, and that stay frozen therefore."""
         return []

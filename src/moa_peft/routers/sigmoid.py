@@ -120,6 +120,11 @@ class SigmoidRouter(Router):
         if self.threshold is not None:
             reset_linear(self.threshold, init)
 
+    def may_skip(self, *, with_gradient: bool) -> bool:
+        # The straight-through estimate asks what an expert below the threshold would have contributed.
+        estimates = self.options.threshold_gradient == "straight_through"
+        return self.options.threshold != "none" and not (with_gradient and estimates)
+
     def frozen_parameters(self) -> list[nn.Parameter]:
         if self.threshold is None or self.options.threshold_gradient != "none":
             return []
