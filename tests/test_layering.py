@@ -19,6 +19,7 @@ LEVELS = [
         "quantized_base",
         "block",
         "call",
+        "decoding",
         "fused_path",
         "glu",
         "mixture",

@@ -4,19 +4,18 @@ Calls are kept per thread, so threads may share one model object. Compiled code 
 """
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import torch
 
+from moa_peft.decoding import RunningStep
+from moa_peft.plan import Site
 from moa_peft.pooling import Pooling
 from moa_peft.routing import Routing
 
 T = TypeVar("T")
-Site = tuple[str, str]
-"""Names in the block of the module that is read and the module that is added to."""
-
 _COMPILED = 0
 _STORE = "moa_generation"
 
@@ -32,6 +31,7 @@ class Call:
         routings: adapter name to its routing.
         inputs: what sites read whose two modules differ.
         shared: adapter name and input name to the tensor that was read, and each site's weighted inner activations.
+        steps: adapter name to its prepared step, while decoding.
         prompt_ran: whether attention asked for the prompt experts.
     """
 
@@ -41,26 +41,28 @@ class Call:
     routings: dict[str, Routing] = field(default_factory=dict)
     inputs: dict[Site, torch.Tensor] = field(default_factory=dict)
     shared: dict[tuple[str, str], tuple[torch.Tensor, dict[Site, torch.Tensor]]] = field(default_factory=dict)
+    steps: dict[str, RunningStep] = field(default_factory=dict)
     prompt_ran: bool = False
 
     def once_per_generation(
-        self, key: tuple[Any, ...], parameters: Sequence[torch.Tensor], make: Callable[[], T]
+        self, key: Hashable, make: Callable[[], T], parameters: Callable[[], Sequence[torch.Tensor]]
     ) -> T:
         """What `make` returns, made once per generation: it lives on the key-value cache of the call.
 
         Args:
             key: what it is.
-            parameters: what it is made from; a change in place is noticed.
             make: makes it.
+            parameters: what it is made from; a change in place is noticed.
         """
         if self.cache is None or torch.is_grad_enabled() or torch.compiler.is_compiling():
             return make()
         store = self.cache.__dict__.setdefault(_STORE, {})
+        found = store.get(key) if self.decoding else None
         # The versions guard against a cache that outlives a change of the weights; inference tensors have none.
-        key = (*key, *(None if p.is_inference() else p._version for p in parameters))
-        if not self.decoding or key not in store:
-            store[key] = make()
-        return store[key]
+        if found is None or found[1] != [parameter._version for parameter in found[0]]:
+            sources = [parameter for parameter in parameters() if not parameter.is_inference()]
+            found = store[key] = (sources, [parameter._version for parameter in sources], make())
+        return found[2]
 
 
 class Calls:

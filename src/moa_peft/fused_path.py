@@ -5,20 +5,20 @@ are equal in value and gradient. `FusedPath.obstacles` tells which parts of a bl
 """
 
 from collections.abc import Iterable, Sequence
-from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
 from moa_peft.architectures import ATTENTION_INPUT
-from moa_peft.call import Call, Site
+from moa_peft.call import Call
+from moa_peft.decoding import DecodingStep
 from moa_peft.functional import linear
 from moa_peft.initialization import MasterLinear
 from moa_peft.mixture import Layout
 from moa_peft.mlp import MLP_SITE, MLPSite, install_fused_mlp, uninstall_fused_mlp
 from moa_peft.packed import columns, read, read_matrix
-from moa_peft.plan import submodule
+from moa_peft.plan import Site, submodule
 from moa_peft.products import SharedInput, add_product, is_plain
 from moa_peft.prompt_addition import PromptState, recomputed_with_prompts, with_prompts
 from moa_peft.routers import Router
@@ -75,6 +75,13 @@ class FusedPath:
 
     def route(self, call: Call, adapter_name: str, hidden: torch.Tensor) -> bool:
         """Route together with the experts that read what the router reads; False where that is not possible."""
+        step = self._decoding_step(call, adapter_name, hidden)
+        if step is not None and step.router_sizes:
+            routing, z = step.route(hidden)
+            self.layer.keep_routing(call, adapter_name, routing)
+            running = call.steps[adapter_name] = step.start(routing)
+            running.weigh(step.inputs[ATTENTION_INPUT], hidden, z)
+            return True
         if self._routing_obstacle(adapter_name):
             return False
         shared = self._layout(adapter_name, hidden).inputs.get(ATTENTION_INPUT)
@@ -102,6 +109,13 @@ class FusedPath:
             x: ``[.., in]`` what the site reads.
             output: ``[.., out]``; it may be changed in place.
         """
+        running = call.steps.get(adapter_name)
+        if running is None:
+            step = self._decoding_step(call, adapter_name, x)
+            if step is not None:
+                running = call.steps[adapter_name] = step.start(call.routings[adapter_name])
+        if running is not None:
+            return running.add(site, x, output)
         mixture = self.layer.mixtures[adapter_name]
         product = mixture.products.get(site)
         if product is None or not self.enabled:
@@ -121,11 +135,27 @@ class FusedPath:
             z = self._product(call, shared, shared.linears(), x, index)
             held = self._weight(call, adapter_name, shared, x, z, routing, index)
         parts = product.writes()
-        write: torch.Tensor | list[torch.Tensor] = parts
-        if not torch.is_grad_enabled():
-            key = ("write", id(product), output.dtype)
-            write = call.once_per_generation(key, parts, partial(columns, parts, output.dtype))
+        write = parts if torch.is_grad_enabled() else columns(parts, output.dtype)
         return add_product(output, held[1][site], write, in_place=self._owns_output(module), index=index)
+
+    def _decoding_step(self, call: Call, adapter_name: str, x: torch.Tensor) -> DecodingStep | None:
+        """The prepared step of a generation; None where there is none, or something stands in its way."""
+        if not call.decoding or not self.enabled or torch.is_autocast_enabled(x.device.type):
+            return None
+        mixture, router = self.layer.mixtures[adapter_name], self._router(adapter_name)
+
+        def make() -> DecodingStep | None:
+            block = self.layer.get_base_layer()
+            linear_sites = {slot.modules for slot in mixture.slots if slot.expert_type != "prompt"}
+            obstacles = [shared.obstacle() for shared in mixture.shared.inputs.values()]
+            if any(obstacles) or not linear_sites or linear_sites - mixture.products.keys():
+                return None
+            owned = frozenset(site for site in linear_sites if self._owns_output(block.get_submodule(site[1])))
+            with_router = self._routing_obstacle(adapter_name) is None
+            return DecodingStep(mixture, router, with_router=with_router, owned=owned, dtype=x.dtype)
+
+        key = ("step", id(mixture), x.dtype)
+        return call.once_per_generation(key, make, lambda: mixture.parameters(router))
 
     def _layout(self, adapter_name: str, x: torch.Tensor | None = None) -> Layout:
         """Which sites share a product in this forward, or in one over many tokens like `x`."""
@@ -149,10 +179,7 @@ class FusedPath:
             return read(x, linears, index)
         if index is not None:
             x = x.reshape(-1, x.shape[-1]).index_select(0, index)
-        parameters = [parameter for module in linears for parameter in module.parameters(recurse=False)]
-        key = ("read", id(shared), len(linears), x.dtype)
-        weight, bias = call.once_per_generation(key, parameters, partial(read_matrix, linears, x.dtype))
-        return linear(x, weight, bias)
+        return linear(x, *read_matrix(linears, x.dtype))
 
     def _weight(
         self,

@@ -18,12 +18,12 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from moa_peft.architectures import Architecture
-from moa_peft.call import Call, Calls, Site
+from moa_peft.call import Call, Calls
 from moa_peft.config import MoAConfig
 from moa_peft.experts import EXPERTS, PromptExpert
 from moa_peft.fused_path import FusedPath
 from moa_peft.mixture import Mixture
-from moa_peft.plan import Slot, norm_name, submodule
+from moa_peft.plan import Site, Slot, norm_name, submodule
 from moa_peft.pooling import Pooling, route_sequences
 from moa_peft.prompt_attention import PROMPT_SITE, PromptSite
 from moa_peft.routers import ROUTERS, Router
@@ -134,7 +134,8 @@ class MoALayer(nn.Module, BaseTunerLayer):
             cache: key-value cache of the call, or None.
             pooling: what mixtures of sequence granularity pool over, or None.
         """
-        call = Call(cache, pooling, decoding=hidden.shape[1] == 1)
+        eager = not torch.is_grad_enabled() and not torch.compiler.is_compiling()
+        call = Call(cache, pooling, decoding=eager and cache is not None and hidden.shape[1] == 1)
         self.calls.start(call)
         for name in self._running():
             mixture = self.mixtures[name]

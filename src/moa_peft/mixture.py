@@ -4,13 +4,14 @@ from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+import torch
 from torch import nn
 
 from moa_peft.architectures import Architecture
-from moa_peft.call import Site
 from moa_peft.config import MoAConfig
-from moa_peft.plan import Slot
+from moa_peft.plan import Site, Slot
 from moa_peft.products import SharedInput, SiteProduct
+from moa_peft.routers import Router
 
 SKIP_RANK = 32
 """Sites of at least this rank in all may leave out tokens (docs/performance.md)."""
@@ -89,6 +90,12 @@ class Mixture:
         shared = Layout.of(products, frozenset(), architecture)
         skipping = Layout.of(products, large, architecture) if large else shared
         return cls(slots, config.router_input, config.granularity, products, shared, skipping)
+
+    def parameters(self, router: Router) -> list[torch.Tensor]:
+        """The parameters of `router` that read the hidden state, and those of all products."""
+        linears = [linear for shared in self.shared.inputs.values() for linear in shared.linears()] + router.reads()
+        found = [p for linear in linears for p in (linear.weight, linear.bias) if p is not None]
+        return found + [part for product in self.products.values() for part in product.writes()]
 
     def at(self, site: Site) -> list[tuple[int, Slot]]:
         """Columns and slots of the experts at a site."""

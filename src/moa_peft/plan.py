@@ -19,6 +19,9 @@ from moa_peft.experts import EXPERTS, ExpertOptions, SiteShape
 from moa_peft.experts.lora import LoraOptions
 from moa_peft.swapped_class import runs_own_forward
 
+Site = tuple[str, str]
+"""Names in the block of the module that is read and the module that is added to (often the same one)."""
+
 
 @dataclass(frozen=True)
 class Slot:
@@ -28,14 +31,14 @@ class Slot:
         name: name of the expert among the block's, part of its tensors' names on disk.
         expert_type: its type in `EXPERTS`.
         options: its options.
-        modules: names in the block of the module that it reads and the module that it adds to (often the same one).
+        modules: its site.
         shape: sizes of the site.
     """
 
     name: str
     expert_type: str
     options: ExpertOptions
-    modules: tuple[str, str]
+    modules: Site
     shape: SiteShape
 
 

@@ -17,10 +17,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from moa_peft.call import Site
 from moa_peft.experts import Expert, Factors
 from moa_peft.initialization import MasterLinear
 from moa_peft.packed import add_in_place, columns
+from moa_peft.plan import Site
 
 
 class SiteProduct:
@@ -112,7 +112,12 @@ class SharedInput:
             ``[.., R of the site]``, followed by a column with the weight of each write bias.
         """
         weights = weights.to(z.dtype)
-        inner = self._activated(z) * self.spread(weights)
+        return self.by_site(self.activated(z) * self.spread(weights), weights)
+
+    def by_site(self, inner: torch.Tensor, weights: torch.Tensor) -> dict[Site, torch.Tensor]:
+        """``[.., R]`` weighted inner activations by site; see `weighted`."""
+        if len(self.products) == 1 and not self.products[0].biased:
+            return {self.products[0].site: inner}
         pieces = inner.split([product.rank for product in self.products], dim=-1)
         found = {}
         for product, piece in zip(self.products, pieces):
@@ -120,24 +125,30 @@ class SharedInput:
             found[product.site] = torch.cat([piece, *biases], dim=-1) if biases else piece
         return found
 
-    def _activated(self, z: torch.Tensor) -> torch.Tensor:
-        if all(activation is None for activation, _ in self.runs):
-            return z
+    def activated(self, z: torch.Tensor) -> torch.Tensor:
+        """``[.., R]`` with each expert's activation applied to its columns."""
+        if len(self.runs) == 1:
+            activation = self.runs[0][0]
+            return z if activation is None else activation(z)
         pieces = z.split([size for _, size in self.runs], dim=-1)
         done = [
             piece if activation is None else activation(piece) for (activation, _), piece in zip(self.runs, pieces)
         ]
-        return done[0] if len(done) == 1 else torch.cat(done, dim=-1)
+        return torch.cat(done, dim=-1)
 
     def spread(self, weights: torch.Tensor) -> torch.Tensor:
         """``[.., E]`` routing weights to ``[.., R]``: each weight times the expert's scale, on its columns."""
+        return weights @ self.spread_matrix(weights.dtype, weights.device)
+
+    def spread_matrix(self, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+        """``[E, R]``: an expert's scale on its own columns, 0 elsewhere."""
         if torch.compiler.is_compiling():
-            return weights @ torch.tensor(self._spread, dtype=weights.dtype, device=weights.device)
+            return torch.tensor(self._spread, dtype=dtype, device=device)
         # A tensor made in inference mode cannot be used in training later.
-        key = (weights.device, weights.dtype, torch.is_inference_mode_enabled())
+        key = (device, dtype, torch.is_inference_mode_enabled())
         if key not in self._spreads:
-            self._spreads[key] = torch.tensor(self._spread, dtype=weights.dtype, device=weights.device)
-        return weights @ self._spreads[key]
+            self._spreads[key] = torch.tensor(self._spread, dtype=dtype, device=device)
+        return self._spreads[key]
 
 
 def is_plain(module: nn.Module) -> bool:

@@ -59,10 +59,9 @@ class PromptSite:
         """Prompt keys and values, computed once per generation: they live on the key-value cache of the call."""
         call = self.layer.calls.current()
         assert call is not None
+        key = ("prompt", id(expert), query_BHTK.dtype)
         return call.once_per_generation(
-            ("prompt", id(expert), query_BHTK.dtype),
-            [expert.embedding],
-            lambda: self._project(expert, attention, query_BHTK),
+            key, lambda: self._project(expert, attention, query_BHTK), lambda: [expert.embedding]
         )
 
     def _project(
