@@ -13,18 +13,18 @@ import torch.nn.functional as F
 from torch import nn
 from transformers.activations import GELUActivation, GELUTanh, SiLUActivation
 
-from moa_peft.packed import columns, rows, split_columns, split_rows
+from moa_peft.packed import backward_of_write, columns, rows, split_rows
 
-Derivative = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
-"""Gradient of the output and input of an activation to the gradient of its input."""
+Derivative = Callable[..., torch.Tensor]
+"""Gradient of the output and input of an activation to the gradient of its input, written to ``grad_input``."""
 
-_GELU_BACKWARD = torch.ops.aten.gelu_backward.default
+_GELU_BACKWARD = torch.ops.aten.gelu_backward.grad_input
 
 
 def derivative_of(activation: nn.Module | None) -> Derivative | None:
     """How to go back through an activation module; None for one that is not known."""
     if isinstance(activation, (nn.SiLU, SiLUActivation)):
-        return torch.ops.aten.silu_backward.default
+        return torch.ops.aten.silu_backward.grad_input
     function = activation.act if isinstance(activation, (GELUActivation, GELUTanh)) else None
     if function is F.gelu:
         return partial(_GELU_BACKWARD, approximate="none")
@@ -85,19 +85,19 @@ class _GatedDown(torch.autograd.Function):
         gate, up = gate.reshape(-1, width), up.reshape(-1, width)
         activated = ctx.activation.forward(gate)
         d_h = d_flat @ weight
+        h = activated * up if scale is not None else torch.empty_like(activated)
         d_scale, d_reads, d_writes = None, [], []
         if scale is not None:
             inner, scale = inner.flatten(0, -2), scale.flatten(0, -2)
-            d_weighted = d_flat @ columns(writes, d_flat.dtype)
-            d_writes = split_columns(d_flat.t() @ (inner * scale), writes)
+            d_weighted, d_writes = backward_of_write(d_flat, inner * scale, writes)
             d_scale = (d_weighted * inner).view(*shape, -1)
             d_inner = d_weighted.mul_(scale)
-            d_reads = split_rows(d_inner.t() @ (activated * up), reads)
+            d_reads = split_rows(d_inner.t() @ h, reads)
             d_h.addmm_(d_inner, rows(reads, d_h.dtype))
         d_up = activated.mul_(d_h)
         derivative = derivative_of(ctx.activation)
         assert derivative is not None
-        d_gate = derivative(d_h.mul_(up), gate)
+        d_gate = derivative(d_h.mul_(up), gate, grad_input=h)
         return (
             d_gate.view(*shape, width),
             d_up.view(*shape, width),
