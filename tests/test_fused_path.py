@@ -280,7 +280,12 @@ class TestSkipping:
             {"type": "parallel", "size": 48},
             {"type": "prompt", "length": 3},
         ]
-        router = {"type": "sigmoid", "threshold": "constant", "max_threshold": threshold, "threshold_gradient": gradient}
+        router = {
+            "type": "sigmoid",
+            "threshold": "constant",
+            "max_threshold": threshold,
+            "threshold_gradient": gradient,
+        }
         return trained(config=MoAConfig(experts=experts, router=router, **CAUSAL)).train()
 
     def skipping(self, model: nn.Module) -> set[str]:
