@@ -75,11 +75,12 @@ class PromptExpert(Expert):
         # Grouped-query attention: heads of one group share a key-value head, so group them instead of repeating keys.
         query = query_BHTK.reshape(batch, num_kv_heads, num_heads // num_kv_heads, tokens, width)
         scores = torch.einsum("bngtk,npk->bngtp", query, key_HPK.to(query.dtype)).float() * scaling
-        probabilities = torch.softmax(scores, dim=-1)
+        # The softmax, with its division left to the end: over a handful of prompt tokens torch's own is slow on a CPU.
+        exponentials = torch.exp(scores - scores.amax(-1, keepdim=True).detach())
         gate = self.gate.float().reshape(1, num_kv_heads, num_heads // num_kv_heads, 1, 1)
-        probabilities = probabilities * gate * weight_BT1.float()[:, None, None]
-        output = torch.einsum("bngtp,npk->btngk", probabilities.to(query.dtype), value_HPK.to(query.dtype))
-        return output.reshape(batch, tokens, num_heads, width)
+        factor = gate * weight_BT1.float()[:, None, None] / exponentials.sum(-1, keepdim=True)
+        output = torch.matmul((exponentials * factor).to(query.dtype), value_HPK.to(query.dtype)[:, None])
+        return output.reshape(batch, num_heads, tokens, width).transpose(1, 2)
 
     def reset_parameters(self, init: Init) -> None:
         nn.init.normal_(self.embedding, std=NORMAL_STD if init == "normal" else 1.0)
