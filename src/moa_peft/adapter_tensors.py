@@ -36,7 +36,7 @@ def read_adapter_shapes(source: str, **options: Any) -> dict[str, torch.Size]:
         UserError: the file is missing, truncated, damaged or empty, or a tensor holds NaN or infinity.
     """
     folder = Path(source, options.get("subfolder") or "")
-    damaged = [SafetensorError, UnpicklingError, EOFError, RuntimeError]
+    damaged = [SafetensorError, UnpicklingError, EOFError, RuntimeError, KeyError, AttributeError]
     files = [SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME]
     if folder.is_dir() and not any((folder / name).is_file() for name in files):
         raise UserError(
@@ -69,7 +69,7 @@ def check_adapter_tensors(tensors: Mapping[str, torch.Tensor], source: str) -> d
     if not tensors:
         raise UserError(f"adapter: {source!r} holds no tensor. Save the adapter again.")
     for name, tensor in tensors.items():
-        if tensor.is_floating_point() and not tensor.is_meta and not torch.isfinite(tensor).all():
+        if tensor.is_floating_point() and not tensor.is_meta and not torch.isfinite(tensor.float()).all():
             raise UserError(
                 f"adapter: the tensor {name!r} in {source!r} holds NaN or infinity.\n"
                 "The training run diverged: use an earlier checkpoint, or train again with a lower "

@@ -25,6 +25,7 @@ class Call:
     """One forward of one block.
 
     Attributes:
+        owner: number of the block's layer.
         cache: key-value cache of the call, or None.
         pooling: what mixtures of sequence granularity pool over, or None.
         decoding: one more token of a generation: what `once_per_generation` kept may be used.
@@ -35,6 +36,7 @@ class Call:
         prompt_ran: whether attention asked for the prompt experts.
     """
 
+    owner: int = 0
     cache: Any = None
     pooling: Pooling | None = None
     decoding: bool = False
@@ -44,25 +46,36 @@ class Call:
     steps: dict[str, RunningStep] = field(default_factory=dict)
     prompt_ran: bool = False
 
+    def __post_init__(self) -> None:
+        if self.cache is not None and not self.decoding and not torch.compiler.is_compiling():
+            self.cache.__dict__.get(_STORE, {}).pop(self.owner, None)
+
     def once_per_generation(
-        self, key: Hashable, make: Callable[[], T], parameters: Callable[[], Sequence[torch.Tensor]]
+        self, key: Hashable, owner: object, make: Callable[[], T], parameters: Sequence[torch.Tensor]
     ) -> T:
         """What `make` returns, made once per generation: it lives on the key-value cache of the call.
 
+        A forward over more than one token starts anew, so a cache that is emptied and filled again brings nothing
+        along.
+
         Args:
             key: what it is.
+            owner: what it belongs to; another object under the same key is another thing.
             make: makes it.
-            parameters: what it is made from; a change in place is noticed.
+            parameters: what it is made from; other ones, and a change in place, are noticed.
         """
         if self.cache is None or torch.is_grad_enabled() or torch.compiler.is_compiling():
             return make()
-        store = self.cache.__dict__.setdefault(_STORE, {})
-        found = store.get(key) if self.decoding else None
-        # The versions guard against a cache that outlives a change of the weights; inference tensors have none.
-        if found is None or found[1] != [parameter._version for parameter in found[0]]:
-            sources = [parameter for parameter in parameters() if not parameter.is_inference()]
-            found = store[key] = (sources, [parameter._version for parameter in sources], make())
-        return found[2]
+        if any(parameter.is_inference() for parameter in parameters):
+            # They count no changes.
+            return make()
+        store = self.cache.__dict__.setdefault(_STORE, {}).setdefault(self.owner, {})
+        stamp = [(id(parameter), parameter.data_ptr(), parameter._version) for parameter in parameters]
+        found = store.get(key)
+        if found is None or found[0] is not owner or found[1] != stamp:
+            # The parameters are kept along, so that none of their numbers is given to another.
+            found = store[key] = (owner, stamp, list(parameters), make())
+        return found[3]
 
 
 class Calls:

@@ -4,8 +4,9 @@ It is taken wherever nothing stands in its way, and the plain path (each expert'
 are equal in value and gradient. `FusedPath.obstacles` tells which parts of a block take which, and why.
 """
 
+import copy
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -17,9 +18,9 @@ from moa_peft.functional import linear
 from moa_peft.initialization import MasterLinear
 from moa_peft.mixture import Layout
 from moa_peft.mlp import MLP_SITE, MLPSite, install_fused_mlp, uninstall_fused_mlp
-from moa_peft.packed import columns, read, read_matrix
+from moa_peft.packed import columns, has_backward, read, read_matrix
 from moa_peft.plan import Site, submodule
-from moa_peft.products import SharedInput, add_product, is_plain
+from moa_peft.products import SharedInput, add_product, has_global_hooks, is_plain
 from moa_peft.prompt_addition import PromptState, recomputed_with_prompts, with_prompts
 from moa_peft.routers import Router
 from moa_peft.routing import Routing
@@ -51,6 +52,15 @@ class FusedPath:
         self.layer = layer
         self.enabled = True
         self._mlp: nn.Module | None = None
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "FusedPath":
+        # Together with its layer; see there.
+        layer = copy.deepcopy(self.layer, memo)
+        if layer is self.layer or id(self) in memo:
+            return memo.get(id(self), self)
+        twin = memo[id(self)] = type(self).__new__(type(self))
+        vars(twin).update({key: copy.deepcopy(value, memo) for key, value in vars(self).items()})
+        return twin
 
     def install(self) -> None:
         """Fuse the MLP of the block, where the architecture says that it can be."""
@@ -109,6 +119,10 @@ class FusedPath:
             x: ``[.., in]`` what the site reads.
             output: ``[.., out]``; it may be changed in place.
         """
+        mixture = self.layer.mixtures[adapter_name]
+        product = mixture.products.get(site)
+        if product is None or not self.enabled:
+            return None
         running = call.steps.get(adapter_name)
         if running is None:
             step = self._decoding_step(call, adapter_name, x)
@@ -116,10 +130,6 @@ class FusedPath:
                 running = call.steps[adapter_name] = step.start(call.routings[adapter_name])
         if running is not None:
             return running.add(site, x, output)
-        mixture = self.layer.mixtures[adapter_name]
-        product = mixture.products.get(site)
-        if product is None or not self.enabled:
-            return None
         layout = self._layout(adapter_name, x)
         shared = layout.read_by(site)
         held = call.shared.get((adapter_name, shared.name))
@@ -135,7 +145,7 @@ class FusedPath:
             z = self._product(call, shared, shared.linears(), x, index)
             held = self._weight(call, adapter_name, shared, x, z, routing, index)
         parts = product.writes()
-        write = parts if torch.is_grad_enabled() else columns(parts, output.dtype)
+        write = parts if has_backward() else columns(parts, output.dtype)
         return add_product(output, held[1][site], write, in_place=self._owns_output(module), index=index)
 
     def _decoding_step(self, call: Call, adapter_name: str, x: torch.Tensor) -> DecodingStep | None:
@@ -143,19 +153,20 @@ class FusedPath:
         if not call.decoding or not self.enabled or torch.is_autocast_enabled(x.device.type):
             return None
         mixture, router = self.layer.mixtures[adapter_name], self._router(adapter_name)
-
-        def make() -> DecodingStep | None:
-            block = self.layer.get_base_layer()
-            linear_sites = {slot.modules for slot in mixture.slots if slot.expert_type != "prompt"}
-            obstacles = [shared.obstacle() for shared in mixture.shared.inputs.values()]
-            if any(obstacles) or not linear_sites or linear_sites - mixture.products.keys():
-                return None
-            owned = frozenset(site for site in linear_sites if self._owns_output(block.get_submodule(site[1])))
-            with_router = self._routing_obstacle(adapter_name) is None
-            return DecodingStep(mixture, router, with_router=with_router, owned=owned, dtype=x.dtype)
-
-        key = ("step", id(mixture), x.dtype)
-        return call.once_per_generation(key, make, lambda: mixture.parameters(router))
+        sites = mixture.linear_sites
+        if not sites or len(sites) > len(mixture.products):
+            return None
+        if any(shared.obstacle() for shared in mixture.shared.inputs.values()):
+            return None
+        with_router = self._routing_obstacle(adapter_name) is None
+        block = self.layer.get_base_layer()
+        owned = frozenset(site for site in sites if self._owns_output(block.get_submodule(site[1])))
+        return call.once_per_generation(
+            ("step", adapter_name, with_router, owned, x.dtype),
+            mixture,
+            lambda: DecodingStep(mixture, router, with_router=with_router, owned=owned, dtype=x.dtype),
+            mixture.parameters(router),
+        )
 
     def _layout(self, adapter_name: str, x: torch.Tensor | None = None) -> Layout:
         """Which sites share a product in this forward, or in one over many tokens like `x`."""
@@ -175,7 +186,7 @@ class FusedPath:
         x: torch.Tensor,
         index: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        if has_backward():
             return read(x, linears, index)
         if index is not None:
             x = x.reshape(-1, x.shape[-1]).index_select(0, index)
@@ -213,7 +224,7 @@ class FusedPath:
     ) -> torch.Tensor:
         """What attention returned plus its prompt experts; see `moa_peft.prompt_addition` for the arguments."""
         call = self.layer.calls.current()
-        if call is None or not self.enabled or not torch.is_grad_enabled() or torch.compiler.is_compiling():
+        if call is None or not self.enabled or not has_backward():
             return with_prompts(attended, query, states, scaling)
         path = self.layer.architecture.roles.get("o", "")
         name, *others = call.routings
@@ -309,7 +320,9 @@ class FusedPath:
     def listens_alone(self, module: nn.Module) -> bool:
         """Whether no hook but this layer's listens to a module of the block."""
         own = module.__dict__
-        if own["_backward_hooks"] or own["_backward_pre_hooks"] or "_hf_hook" in own or "forward" in own:
+        if has_global_hooks() or own["_backward_hooks"] or own["_backward_pre_hooks"]:
+            return False
+        if "_hf_hook" in own or "forward" in own:
             return False
         return all(
             getattr(getattr(hook, "func", hook), "__self__", None) is self.layer

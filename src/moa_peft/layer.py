@@ -8,6 +8,7 @@ Experts act on one of two paths, equal in value and gradient: the plain one, eac
 one of `moa_peft.fused_path`.
 """
 
+import copy
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -58,6 +59,15 @@ class MoALayer(nn.Module, BaseTunerLayer):
         if self.norm_name is not None:
             self._hook("norm", self.norm_name, self.norm_name)
         self.fused_path.install()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "MoALayer":
+        # PEFT copies single modules of a block (modules_to_save): their hooks go on belonging to this layer. Only with
+        # its block is it copied itself.
+        if id(self.get_base_layer()) not in memo:
+            return self
+        twin = memo[id(self)] = type(self).__new__(type(self))
+        vars(twin).update({key: copy.deepcopy(value, memo) for key, value in vars(self).items()})
+        return twin
 
     # Adapters
 
@@ -135,7 +145,7 @@ class MoALayer(nn.Module, BaseTunerLayer):
             pooling: what mixtures of sequence granularity pool over, or None.
         """
         eager = not torch.is_grad_enabled() and not torch.compiler.is_compiling()
-        call = Call(cache, pooling, decoding=eager and cache is not None and hidden.shape[1] == 1)
+        call = Call(id(self), cache, pooling, decoding=eager and cache is not None and hidden.shape[1] == 1)
         self.calls.start(call)
         for name in self._running():
             mixture = self.mixtures[name]

@@ -33,6 +33,7 @@ from moa_peft.adapter_tensors import (
     model_shapes,
     read_adapter_shapes,
 )
+from moa_peft.block import CHILD
 from moa_peft.config import MoAConfig
 from moa_peft.errors import UserError
 from moa_peft.peft_type import MOA
@@ -97,6 +98,9 @@ def check_request(request: LoadRequest) -> None:
     found = {PREFIX + name.removeprefix(PREFIX): shape for name, shape in shapes.items()}
     expected = {PREFIX + name: shape for name, shape in _expected_shapes(config, request.model).items()}
     known = {PREFIX + name: shape for name, shape in model_shapes(request.model).items()}
+    if config.ensure_weight_tying or isinstance(config.trainable_token_indices, dict):
+        # PEFT alone knows under which of several names it keeps tied weights and tokens of several layers.
+        found = {name: shape for name, shape in found.items() if f".{CHILD}." in name or name in expected}
     expected |= {name: known[name] for name in found.keys() & known.keys() - expected.keys()}
     misfits = describe_misfits(found, expected, any_size=request.any_size)
     if misfits:

@@ -1,5 +1,6 @@
 """What a tuner layer knows of one adapter besides its tensors."""
 
+import functools
 from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -9,6 +10,8 @@ from torch import nn
 
 from moa_peft.architectures import Architecture
 from moa_peft.config import MoAConfig
+from moa_peft.experts import EXPERTS
+from moa_peft.initialization import MasterLinear
 from moa_peft.plan import Site, Slot
 from moa_peft.products import SharedInput, SiteProduct
 from moa_peft.routers import Router
@@ -91,11 +94,20 @@ class Mixture:
         skipping = Layout.of(products, large, architecture) if large else shared
         return cls(slots, config.router_input, config.granularity, products, shared, skipping)
 
+    @functools.cached_property
+    def linear_sites(self) -> frozenset[Site]:
+        """The sites of all experts that are not in attention."""
+        return frozenset(slot.modules for slot in self.slots if EXPERTS[slot.expert_type].site_kind != "attention")
+
     def parameters(self, router: Router) -> list[torch.Tensor]:
-        """The parameters of `router` that read the hidden state, and those of all products."""
-        linears = [linear for shared in self.shared.inputs.values() for linear in shared.linears()] + router.reads()
-        found = [p for linear in linears for p in (linear.weight, linear.bias) if p is not None]
-        return found + [part for product in self.products.values() for part in product.writes()]
+        """The parameters of `router` that read the hidden state, and those of all products, as they are now."""
+        linears = [*self._linears, *router.reads()]
+        return [p for linear in linears for p in linear._parameters.values() if p is not None]
+
+    @functools.cached_property
+    def _linears(self) -> list[MasterLinear]:
+        parts = [factors for product in self.products.values() for _, factors in product.parts]
+        return [linear for factors in parts for linear in (factors.read, factors.write)]
 
     def at(self, site: Site) -> list[tuple[int, Slot]]:
         """Columns and slots of the experts at a site."""

@@ -13,6 +13,7 @@ from torch import nn
 
 from moa_peft.architectures import Architecture
 from moa_peft.glu import derivative_of, gated_down
+from moa_peft.packed import is_transformed
 from moa_peft.products import is_plain
 from moa_peft.swapped_class import restore_class, swap_class, swapped_class
 
@@ -79,7 +80,7 @@ def fused_class(mlp_class: type[nn.Module]) -> type[nn.Module]:
 
     def forward(self: nn.Module, x: torch.Tensor) -> torch.Tensor:
         site: MLPSite = self.__dict__[MLP_SITE]
-        output = None if torch.compiler.is_compiling() else site.forward(x)
+        output = None if torch.compiler.is_compiling() or is_transformed() else site.forward(x)
         return mlp_class.forward(self, x) if output is None else output
 
     return swapped_class(mlp_class, forward, fused_class)

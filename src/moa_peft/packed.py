@@ -9,6 +9,16 @@ import torch.nn.functional as F
 from moa_peft.initialization import MasterLinear
 
 
+def is_transformed() -> bool:
+    """Whether `torch.func` or forward-mode differentiation is at work, which our backward passes do not serve."""
+    return torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0
+
+
+def has_backward() -> bool:
+    """Whether our own backward passes are to be used: a gradient is wanted, and the usual one."""
+    return torch.is_grad_enabled() and not torch.compiler.is_compiling() and not is_transformed()
+
+
 def rows(parts: Sequence[torch.Tensor], dtype: torch.dtype) -> torch.Tensor:
     """``[R_1, in], [R_2, in], ...`` one below the other."""
     return (parts[0] if len(parts) == 1 else torch.cat(list(parts))).to(dtype)

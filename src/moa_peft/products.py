@@ -16,10 +16,11 @@ from itertools import groupby
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.modules import module as global_hooks
 
 from moa_peft.experts import Expert, Factors
 from moa_peft.initialization import MasterLinear
-from moa_peft.packed import add_in_place, columns
+from moa_peft.packed import add_in_place, columns, is_transformed
 from moa_peft.plan import Site
 
 
@@ -144,18 +145,26 @@ class SharedInput:
         """``[E, R]``: an expert's scale on its own columns, 0 elsewhere."""
         if torch.compiler.is_compiling():
             return torch.tensor(self._spread, dtype=dtype, device=device)
-        # A tensor made in inference mode cannot be used in training later.
+        # A tensor made in inference mode cannot be used in training later, and a fake one nowhere else.
         key = (device, dtype, torch.is_inference_mode_enabled())
-        if key not in self._spreads:
-            self._spreads[key] = torch.tensor(self._spread, dtype=dtype, device=device)
-        return self._spreads[key]
+        if key in self._spreads:
+            return self._spreads[key]
+        spread = torch.tensor(self._spread, dtype=dtype, device=device)
+        if type(spread) is torch.Tensor:
+            self._spreads[key] = spread
+        return spread
 
 
 def is_plain(module: nn.Module) -> bool:
     """Whether a layer may be replaced by its weights: no hook listens, and they are in place."""
     own = module.__dict__
     hooks = own["_forward_hooks"] or own["_forward_pre_hooks"] or own["_backward_hooks"] or own["_backward_pre_hooks"]
-    return not (hooks or "_hf_hook" in own or "forward" in own)
+    return not (hooks or "_hf_hook" in own or "forward" in own or has_global_hooks())
+
+
+def has_global_hooks() -> bool:
+    """Whether a hook listens to the forward of every module."""
+    return bool(global_hooks._global_forward_hooks or global_hooks._global_forward_pre_hooks)
 
 
 def add_product(
@@ -176,7 +185,7 @@ def add_product(
         index: ``[n]`` the tokens that `inner` is of; None: all of them.
     """
     inner = inner.to(output.dtype)
-    owned = in_place and output.is_contiguous() and not torch.compiler.is_compiling()
+    owned = in_place and output.is_contiguous() and not torch.compiler.is_compiling() and not is_transformed()
     if not isinstance(write, torch.Tensor):
         if owned and output._base is None:
             return add_in_place(output, inner, write, index)

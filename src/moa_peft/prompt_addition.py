@@ -5,6 +5,7 @@ experts of the output projection read) from what attention returned, which it ke
 """
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -83,7 +84,8 @@ class _PromptAddition(torch.autograd.Function):
     def forward(ctx: Any, experts, num_reads, scaling, attended, query, *tensors):  # type: ignore[no-untyped-def]
         ctx.experts, ctx.num_reads, ctx.scaling = experts, num_reads, scaling
         device = query.device.type
-        ctx.autocast = (device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device))
+        available = torch.amp.is_autocast_available(device)
+        ctx.autocast = torch.get_autocast_dtype(device) if available and torch.is_autocast_enabled(device) else None
         ctx.save_for_backward(attended, query, *tensors)
         total = with_prompts(attended, query, _states(experts, tensors), scaling)
         reads = tensors[3 * len(experts) :][:num_reads]
@@ -96,8 +98,8 @@ class _PromptAddition(torch.autograd.Function):
         states, rest = tensors[: 3 * len(ctx.experts)], tensors[3 * len(ctx.experts) :]
         reads, parameters = rest[: ctx.num_reads], rest[ctx.num_reads :]
         inputs = [tensor.detach().requires_grad_() for tensor in (query, *states)]
-        device, dtype, enabled = ctx.autocast
-        with torch.enable_grad(), torch.autocast(device, dtype=dtype, enabled=enabled):
+        cast = nullcontext() if ctx.autocast is None else torch.autocast(query.device.type, dtype=ctx.autocast)
+        with torch.enable_grad(), cast:
             total = with_prompts(attended.detach(), inputs[0], _states(ctx.experts, inputs[1:]), ctx.scaling)
         d_reads: list[torch.Tensor | None] = [None] * len(reads)
         if reads and d_z is not None:

@@ -61,7 +61,7 @@ class PromptSite:
         assert call is not None
         key = ("prompt", id(expert), query_BHTK.dtype)
         return call.once_per_generation(
-            key, lambda: self._project(expert, attention, query_BHTK), lambda: [expert.embedding]
+            key, expert, lambda: self._project(expert, attention, query_BHTK), [expert.embedding]
         )
 
     def _project(

@@ -25,13 +25,14 @@ def check_saved_modules(config: MoAConfig, model: nn.Module) -> None:
     if indices is None:
         return
     groups = list(indices.values()) if isinstance(indices, dict) else [indices]
-    embedding = model.get_input_embeddings()  # type: ignore[operator]
+    # Already wrapped, where another adapter trains tokens.
+    num_tokens = model.get_input_embeddings().weight.shape[0]  # type: ignore[operator, union-attr]
     for group in groups:
         if not isinstance(group, (list, tuple)) or not all(type(index) is int for index in group):
             raise UserError(f"trainable_token_indices is {indices!r}; it must be a list of token ids.")
-        beyond = [index for index in group if not 0 <= index < embedding.num_embeddings]
+        beyond = [index for index in group if not 0 <= index < num_tokens]
         if beyond:
             raise UserError(
                 f"trainable_token_indices names token {beyond[0]}; the embedding has tokens 0 to "
-                f"{embedding.num_embeddings - 1}. Resize the embedding first, or correct the id."
+                f"{num_tokens - 1}. Resize the embedding first, or correct the id."
             )

@@ -5,6 +5,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from peft.tuners.trainable_tokens import TrainableTokensLayer
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _ExcludedModule
 from torch import nn
 
@@ -161,7 +162,7 @@ def _remove_pooling(model: nn.Module) -> None:
 
 def _check_other_tuners(model: nn.Module) -> None:
     for name, module in model.named_modules():
-        if isinstance(module, BaseTunerLayer) and not isinstance(module, MoALayer):
+        if isinstance(module, BaseTunerLayer) and not isinstance(module, (MoALayer, TrainableTokensLayer)):
             if f".{blocks.CHILD}." in name:
                 continue
             raise UserError(
