@@ -2,6 +2,7 @@
 
 import copy
 import gc
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -212,6 +213,21 @@ class TestTracersAndTransforms:
         found = torch.func.grad(loss)(dict(model.named_parameters())[name].detach())
         model(**batch).loss.backward()
         torch.testing.assert_close(found, gradients(model)[name], atol=1e-5, rtol=1e-3)
+
+    def test_backward_after_a_functional_call(self):
+        model = trained()
+        gates = {
+            key: torch.full_like(p, 0.7).requires_grad_()
+            for key, p in model.named_parameters()
+            if key.endswith("gate")
+        }
+        batch, found = tiny_batch(), []
+        for context in (nullcontext(), plain_path(model)):
+            with context:
+                torch.func.functional_call(model, gates, (), batch).loss.backward()
+            found.append({key: gate.grad for key, gate in gates.items()} | gradients(model))
+            gates = {key: gate.detach().requires_grad_() for key, gate in gates.items()}
+        torch.testing.assert_close(found[0], found[1], atol=2e-5, rtol=1e-3)
 
     def test_a_hook_on_every_module_sees_what_modules_return(self):
         base, model = tiny_model("llama"), trained()

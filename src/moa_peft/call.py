@@ -1,4 +1,4 @@
-"""What a block keeps while its forward runs, and nothing afterwards.
+"""What a block keeps while its forward runs.
 
 Calls are kept per thread, so threads may share one model object. Compiled code runs one call at a time.
 """
@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 import torch
 
 from moa_peft.decoding import RunningStep
+from moa_peft.packed import is_transformed
 from moa_peft.plan import Site
 from moa_peft.pooling import Pooling
 from moa_peft.routing import Routing
@@ -18,6 +19,16 @@ from moa_peft.routing import Routing
 T = TypeVar("T")
 _COMPILED = 0
 _STORE = "moa_generation"
+
+
+class _Store(dict[int, dict[Hashable, Any]]):
+    """What a generation keeps, by block; a copy of the cache begins with an empty one."""
+
+    def __deepcopy__(self, memo: Any) -> "_Store":
+        return _Store()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _Store, ()
 
 
 @dataclass
@@ -48,34 +59,39 @@ class Call:
 
     def __post_init__(self) -> None:
         if self.cache is not None and not self.decoding and not torch.compiler.is_compiling():
-            self.cache.__dict__.get(_STORE, {}).pop(self.owner, None)
+            getattr(self.cache, _STORE, {}).pop(self.owner, None)
 
     def once_per_generation(
-        self, key: Hashable, owner: object, make: Callable[[], T], parameters: Sequence[torch.Tensor]
+        self,
+        key: Hashable,
+        witness: torch.Tensor,
+        make: Callable[[], T],
+        parameters: Callable[[], Sequence[torch.Tensor]],
     ) -> T:
         """What `make` returns, made once per generation: it lives on the key-value cache of the call.
 
         A forward over more than one token starts anew, so a cache that is emptied and filled again brings nothing
-        along.
+        along. Weights that change between two tokens of one generation other than in place or as a whole (``p.data``)
+        are not noticed.
 
         Args:
             key: what it is.
-            owner: what it belongs to; another object under the same key is another thing.
+            witness: one of the parameters as it is now: when it is another object, all of them are taken to be.
             make: makes it.
-            parameters: what it is made from; other ones, and a change in place, are noticed.
+            parameters: what it is made from; a change in place is noticed.
         """
-        if self.cache is None or torch.is_grad_enabled() or torch.compiler.is_compiling():
+        keeps = hasattr(self.cache, "__dict__") and not torch.is_grad_enabled()
+        if not keeps or torch.compiler.is_compiling() or is_transformed():
             return make()
-        if any(parameter.is_inference() for parameter in parameters):
-            # They count no changes.
-            return make()
-        store = self.cache.__dict__.setdefault(_STORE, {}).setdefault(self.owner, {})
-        stamp = [(id(parameter), parameter.data_ptr(), parameter._version) for parameter in parameters]
+        store = self.cache.__dict__.setdefault(_STORE, _Store()).setdefault(self.owner, {})
         found = store.get(key)
-        if found is None or found[0] is not owner or found[1] != stamp:
-            # The parameters are kept along, so that none of their numbers is given to another.
-            found = store[key] = (owner, stamp, list(parameters), make())
-        return found[3]
+        if found is not None and found[0] is witness and found[2] == [source._version for source in found[1]]:
+            return found[3]
+        made, sources = make(), list(parameters())
+        # Tensors made in inference mode count no changes.
+        if not any(source.is_inference() for source in sources):
+            store[key] = (witness, sources, [source._version for source in sources], made)
+        return made
 
 
 class Calls:

@@ -18,7 +18,7 @@ from moa_peft.functional import linear
 from moa_peft.initialization import MasterLinear
 from moa_peft.mixture import Layout
 from moa_peft.mlp import MLP_SITE, MLPSite, install_fused_mlp, uninstall_fused_mlp
-from moa_peft.packed import columns, has_backward, read, read_matrix
+from moa_peft.packed import columns, has_backward, is_transformed, read, read_matrix
 from moa_peft.plan import Site, submodule
 from moa_peft.products import SharedInput, add_product, has_global_hooks, is_plain
 from moa_peft.prompt_addition import PromptState, recomputed_with_prompts, with_prompts
@@ -92,10 +92,8 @@ class FusedPath:
             running = call.steps[adapter_name] = step.start(routing)
             running.weigh(step.inputs[ATTENTION_INPUT], hidden, z)
             return True
-        if self._routing_obstacle(adapter_name):
-            return False
         shared = self._layout(adapter_name, hidden).inputs.get(ATTENTION_INPUT)
-        if shared is None:
+        if shared is None or self._routing_obstacle(adapter_name, shared):
             return False
         router = self._router(adapter_name)
         experts, reads = shared.linears(), router.reads()
@@ -153,25 +151,29 @@ class FusedPath:
         if not call.decoding or not self.enabled or torch.is_autocast_enabled(x.device.type):
             return None
         mixture, router = self.layer.mixtures[adapter_name], self._router(adapter_name)
-        sites = mixture.linear_sites
-        if not sites or len(sites) > len(mixture.products):
-            return None
-        if any(shared.obstacle() for shared in mixture.shared.inputs.values()):
-            return None
-        with_router = self._routing_obstacle(adapter_name) is None
-        block = self.layer.get_base_layer()
-        owned = frozenset(site for site in sites if self._owns_output(block.get_submodule(site[1])))
-        return call.once_per_generation(
-            ("step", adapter_name, with_router, owned, x.dtype),
-            mixture,
-            lambda: DecodingStep(mixture, router, with_router=with_router, owned=owned, dtype=x.dtype),
-            mixture.parameters(router),
-        )
+
+        def make() -> DecodingStep | None:
+            sites = mixture.linear_sites
+            if not sites or len(sites) > len(mixture.products):
+                return None
+            if any(shared.obstacle() for shared in mixture.shared.inputs.values()):
+                return None
+            shared = mixture.shared.inputs.get(ATTENTION_INPUT)
+            with_router = self._routing_obstacle(adapter_name, shared) is None
+            block = self.layer.get_base_layer()
+            owned = frozenset(site for site in sites if self._owns_output(block.get_submodule(site[1])))
+            return DecodingStep(mixture, router, with_router=with_router, owned=owned, dtype=x.dtype)
+
+        key = ("step", adapter_name, self.layer.training, x.dtype)
+        witness = router.reads()[0].weight
+        return call.once_per_generation(key, witness, make, lambda: mixture.parameters(router))
 
     def _layout(self, adapter_name: str, x: torch.Tensor | None = None) -> Layout:
         """Which sites share a product in this forward, or in one over many tokens like `x`."""
         mixture = self.layer.mixtures[adapter_name]
-        if mixture.skipping is mixture.shared or torch.compiler.is_compiling():
+        if mixture.skipping is mixture.shared or torch.compiler.is_compiling() or is_transformed():
+            return mixture.shared
+        if x is not None and type(x) is not torch.Tensor:
             return mixture.shared
         if x is not None and (x.device.type not in SKIP_SHARE or x.numel() < SKIP_TOKENS * x.shape[-1]):
             return mixture.shared
@@ -224,14 +226,15 @@ class FusedPath:
     ) -> torch.Tensor:
         """What attention returned plus its prompt experts; see `moa_peft.prompt_addition` for the arguments."""
         call = self.layer.calls.current()
-        if call is None or not self.enabled or not has_backward():
+        listened = not all(isinstance(state.expert, nn.Module) and is_plain(state.expert) for state in states)
+        if call is None or not self.enabled or not has_backward() or listened:
             return with_prompts(attended, query, states, scaling)
         path = self.layer.architecture.roles.get("o", "")
         name, *others = call.routings
         mixture = self.layer.mixtures[name]
         product = None if others or not attended.is_contiguous() else mixture.products.get((path, path))
-        layout = self._layout(name, attended)
-        if product is None or product.obstacle() or product.site in layout.alone:
+        layout = self._layout(name, attended.flatten(-2))
+        if product is None or product.obstacle() or product.read_biased or product.site in layout.alone:
             return recomputed_with_prompts(attended, query, states, scaling, [])[0]
         shared = layout.read_by(product.site)
         reads = [module.weight for module in shared.linears()]
@@ -252,7 +255,7 @@ class FusedPath:
             mixture = self.layer.mixtures[name]
             if mixture.at(site):
                 product = mixture.products.get(site)
-                if product is None or product.biased or product.activated:
+                if product is None or product.biased or product.read_biased or product.activated:
                     return "an expert of the down projection is no plain product of two matrices"
                 if product.obstacle():
                     return product.obstacle()
@@ -281,10 +284,13 @@ class FusedPath:
     def obstacles(self, adapter_name: str) -> dict[str, str | None]:
         """The parts of one adapter in this block, and why each takes the plain path; None where it takes this one."""
         mixture = self.layer.mixtures[adapter_name]
-        found: dict[str, str | None] = {"router": self._routing_obstacle(adapter_name)}
+        together = self._layout(adapter_name).inputs.get(ATTENTION_INPUT)
+        found: dict[str, str | None] = {"router": self._routing_obstacle(adapter_name, together)}
         for slot in mixture.slots:
             if slot.expert_type == "prompt":
-                found[slot.name] = None if self.enabled else SWITCHED_OFF
+                expert = self.layer.moa_experts[adapter_name].get_submodule(slot.name)
+                listened = None if is_plain(expert) else "a hook listens to the expert"
+                found[slot.name] = listened if self.enabled else SWITCHED_OFF
             elif slot.modules not in mixture.products:
                 found[slot.name] = "experts of its site are no products of two linear layers"
             else:
@@ -298,11 +304,15 @@ class FusedPath:
         """Names of the experts that leave out tokens without a weight, where these are many enough."""
         mixture = self.layer.mixtures[adapter_name]
         alone = self._layout(adapter_name).alone if self.enabled else frozenset()
-        return frozenset(slot.name for slot in mixture.slots if slot.modules in alone)
+        site = None if self._mlp is None else self._mlp.__dict__[MLP_SITE]
+        if site is not None and torch.is_grad_enabled() and site.obstacle([adapter_name]) is None:
+            # The fused MLP reads and adds to every token.
+            alone -= {site.down_site}
+        obstacles = self.obstacles(adapter_name)
+        return frozenset(s.name for s in mixture.slots if s.modules in alone and obstacles[s.name] is None)
 
-    def _routing_obstacle(self, adapter_name: str) -> str | None:
+    def _routing_obstacle(self, adapter_name: str, shared: SharedInput | None) -> str | None:
         mixture = self.layer.mixtures[adapter_name]
-        shared = self._layout(adapter_name).inputs.get(ATTENTION_INPUT)
         if not self.enabled:
             return SWITCHED_OFF
         normed = mixture.router_input == "normed" and self.layer.norm_name is not None
@@ -315,7 +325,11 @@ class FusedPath:
 
     def _owns_output(self, module: nn.Module) -> bool:
         """Whether a module's output is a fresh tensor that nobody else has seen."""
-        return (type(module) is nn.Linear or MLP_SITE in module.__dict__) and self.listens_alone(module)
+        site = module.__dict__.get(MLP_SITE)
+        if site is not None and not self._owns_output(site.parts()[-1]):
+            # An MLP returns what its down projection returned.
+            return False
+        return (type(module) is nn.Linear or site is not None) and self.listens_alone(module)
 
     def listens_alone(self, module: nn.Module) -> bool:
         """Whether no hook but this layer's listens to a module of the block."""
@@ -334,7 +348,9 @@ def _same(read: torch.Tensor, x: torch.Tensor) -> bool:
     """Whether `x` is what was read, or the same memory in another shape (heads side by side)."""
     if read is x:
         return True
-    if torch.compiler.is_compiling() or read.numel() != x.numel() or read.dtype != x.dtype:
+    if torch.compiler.is_compiling() or read.dim() != x.dim() + 1 or read.numel() != x.numel():
+        return False
+    if read.dtype != x.dtype or read.requires_grad != x.requires_grad:
         return False
     return read.data_ptr() == x.data_ptr() and read.is_contiguous() and x.is_contiguous()
 

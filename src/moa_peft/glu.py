@@ -23,9 +23,9 @@ _GELU_BACKWARD = torch.ops.aten.gelu_backward.grad_input
 
 def derivative_of(activation: nn.Module | None) -> Derivative | None:
     """How to go back through an activation module; None for one that is not known."""
-    if isinstance(activation, (nn.SiLU, SiLUActivation)):
+    if type(activation) in (nn.SiLU, SiLUActivation) and not getattr(activation, "inplace", False):
         return torch.ops.aten.silu_backward.grad_input
-    function = activation.act if isinstance(activation, (GELUActivation, GELUTanh)) else None
+    function = activation.act if type(activation) in (GELUActivation, GELUTanh) else None  # type: ignore[union-attr]
     if function is F.gelu:
         return partial(_GELU_BACKWARD, approximate="none")
     if isinstance(function, partial) and function.func is F.gelu and function.keywords == {"approximate": "tanh"}:

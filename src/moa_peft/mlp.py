@@ -6,7 +6,7 @@ to the model's own forward. Without a gradient it saves the memory of one activa
 
 import functools
 from collections.abc import Iterable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -78,10 +78,12 @@ class MLPSite:
 def fused_class(mlp_class: type[nn.Module]) -> type[nn.Module]:
     """The subclass of `mlp_class` that keeps less; one per class."""
 
-    def forward(self: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         site: MLPSite = self.__dict__[MLP_SITE]
-        output = None if torch.compiler.is_compiling() or is_transformed() else site.forward(x)
-        return mlp_class.forward(self, x) if output is None else output
+        output = None
+        if len(args) == 1 and not kwargs and not torch.compiler.is_compiling() and not is_transformed():
+            output = site.forward(args[0])
+        return mlp_class.forward(self, *args, **kwargs) if output is None else output
 
     return swapped_class(mlp_class, forward, fused_class)
 

@@ -43,6 +43,7 @@ class SiteProduct:
         self.parts.sort(key=lambda part: repr(part[1].activation))
         self.rank = sum(factors.read.out_features for _, factors in self.parts)
         self.activated = any(factors.activation is not None for _, factors in self.parts)
+        self.read_biased = any(factors.read.bias is not None for _, factors in self.parts)
         self.biased = [(column, factors) for column, factors in self.parts if factors.write.bias is not None]
 
     def writes(self) -> list[torch.Tensor]:
@@ -63,8 +64,9 @@ class SiteProduct:
         """Why the experts take the plain path in this forward; None where they take this one."""
         if not all(expert.is_product() for expert in self.experts):
             return "an expert drops elements of its input (dropout, in training)"
-        if not all(is_plain(factors.read) and is_plain(factors.write) for _, factors in self.parts):
-            return "a hook listens to an expert's linear layer, or keeps its weights elsewhere"
+        linears = [linear for _, factors in self.parts for linear in (factors.read, factors.write)]
+        if not all(map(is_plain, [*self.experts, *linears])):
+            return "a hook listens to an expert or its linear layers, or keeps their weights elsewhere"
         return None
 
 
@@ -163,8 +165,9 @@ def is_plain(module: nn.Module) -> bool:
 
 
 def has_global_hooks() -> bool:
-    """Whether a hook listens to the forward of every module."""
-    return bool(global_hooks._global_forward_hooks or global_hooks._global_forward_pre_hooks)
+    """Whether a hook listens to every module."""
+    forward = global_hooks._global_forward_hooks or global_hooks._global_forward_pre_hooks
+    return bool(forward or global_hooks._global_backward_hooks or global_hooks._global_backward_pre_hooks)
 
 
 def add_product(

@@ -4,9 +4,10 @@ Both are made again there: the probabilities from the queries, which attention k
 experts of the output projection read) from what attention returned, which it keeps too.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -27,7 +28,7 @@ class PromptState:
         weight_BT1: its routing weight.
     """
 
-    expert: PromptExpert
+    expert: Callable[..., torch.Tensor]
     key_HPK: torch.Tensor
     value_HPK: torch.Tensor
     weight_BT1: torch.Tensor
@@ -71,8 +72,8 @@ def recomputed_with_prompts(
         The sum, and ``[B, T, R]``, or None where nothing reads.
     """
     states_of = [tensor for state in states for tensor in (state.key_HPK, state.value_HPK, state.weight_BT1)]
-    parameters = [parameter for state in states for parameter in state.expert.parameters()]
     experts = [state.expert for state in states]
+    parameters = [p for expert in experts if isinstance(expert, PromptExpert) for p in expert.parameters()]
     tensors = (*states_of, *reads, *parameters)
     return _PromptAddition.apply(experts, len(reads), scaling, attended_BTHK, query_BHTK, *tensors)  # type: ignore
 
@@ -98,9 +99,12 @@ class _PromptAddition(torch.autograd.Function):
         states, rest = tensors[: 3 * len(ctx.experts)], tensors[3 * len(ctx.experts) :]
         reads, parameters = rest[: ctx.num_reads], rest[ctx.num_reads :]
         inputs = [tensor.detach().requires_grad_() for tensor in (query, *states)]
+        # With the parameters of the forward, which need not be the module's any more (`torch.func.functional_call`).
+        remaining = iter(parameters)
+        experts = [partial(_call, e, {name: next(remaining) for name, _ in e.named_parameters()}) for e in ctx.experts]
         cast = nullcontext() if ctx.autocast is None else torch.autocast(query.device.type, dtype=ctx.autocast)
         with torch.enable_grad(), cast:
-            total = with_prompts(attended.detach(), inputs[0], _states(ctx.experts, inputs[1:]), ctx.scaling)
+            total = with_prompts(attended.detach(), inputs[0], _states(experts, inputs[1:]), ctx.scaling)
         d_reads: list[torch.Tensor | None] = [None] * len(reads)
         if reads and d_z is not None:
             flat = d_z.reshape(-1, d_z.shape[-1])
@@ -114,5 +118,9 @@ class _PromptAddition(torch.autograd.Function):
         return None, None, None, d_total, d_query, *d_states, *d_reads, *d_parameters
 
 
-def _states(experts: Sequence[PromptExpert], tensors: Sequence[torch.Tensor]) -> list[PromptState]:
+def _call(expert: PromptExpert, parameters: dict[str, torch.Tensor], *args: Any, **kwargs: Any) -> torch.Tensor:
+    return torch.func.functional_call(expert, parameters, args, kwargs)
+
+
+def _states(experts: Sequence[Callable[..., torch.Tensor]], tensors: Sequence[torch.Tensor]) -> list[PromptState]:
     return [PromptState(expert, *tensors[3 * index : 3 * index + 3]) for index, expert in enumerate(experts)]

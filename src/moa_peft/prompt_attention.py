@@ -60,8 +60,9 @@ class PromptSite:
         call = self.layer.calls.current()
         assert call is not None
         key = ("prompt", id(expert), query_BHTK.dtype)
+        witness = expert.embedding
         return call.once_per_generation(
-            key, expert, lambda: self._project(expert, attention, query_BHTK), [expert.embedding]
+            key, witness, lambda: self._project(expert, attention, query_BHTK), lambda: [witness]
         )
 
     def _project(
