@@ -13,7 +13,7 @@ from transformers import StaticCache
 from moa_peft import MoAConfig, moa_status, plain_path
 from tests.matrix import randomise_adapter
 from tests.models import tiny_batch, tiny_model
-from tests.native import CAUSAL, gradients, logits, soft, trained
+from tests.native import CAUSAL, gradients, logits, soft, sparse, trained
 
 WHERE = {"norm": "input_layernorm", "q_proj": "self_attn.q_proj", "down_proj": "mlp.down_proj"}
 GREEDY = {"max_new_tokens": 5, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
@@ -48,7 +48,10 @@ class TestAdaptersWithOtherSites:
         model.add_adapter("small", lora_on("q"))
         model.set_adapter("small")
         model.delete_adapter("default")
-        model.generate(input_ids=tiny_batch(tokens=5)["input_ids"], **GREEDY)
+        randomise_adapter(model)
+        output = model.generate(input_ids=tiny_batch(tokens=5)["input_ids"], **GREEDY)
+        with plain_path(model):
+            assert torch.equal(output, model.generate(input_ids=tiny_batch(tokens=5)["input_ids"], **GREEDY))
 
 
 class TestKeptCaches:
@@ -63,6 +66,38 @@ class TestKeptCaches:
     def check(self, model: torch.nn.Module, cache: StaticCache) -> None:
         cache.reset()
         torch.testing.assert_close(decode(model, cache, self.IDS), self.expected(model), atol=1e-5, rtol=1e-4)
+
+    @pytest.mark.parametrize("change", ["in place", "other parameters", "other adapter"])
+    def test_a_change_between_two_tokens(self, change):
+        """Nothing is read in one go in between: what was packed for the first token must not serve the second."""
+        model = trained(config=soft(prompt=False))
+        model.add_adapter("other", sparse())
+        randomise_adapter(model)
+        logits_of = []
+        for plain in (False, True):
+            model.set_adapter("default")
+            twin = copy.deepcopy(model)
+            cache = self.cache(twin)
+            with plain_path(twin) if plain else nullcontext():
+                decode(twin, cache, self.IDS)
+                if change == "in place":
+                    randomise_adapter(twin, seed=4)
+                elif change == "other parameters":
+                    fresh = {
+                        key: torch.nn.Parameter(p.detach() * -1.5)
+                        for key, p in twin.named_parameters()
+                        if ".moa." in key
+                    }
+                    for key, parameter in fresh.items():
+                        owner, name = key.rsplit(".", 1)
+                        setattr(twin.get_submodule(owner), name, parameter)
+                else:
+                    twin.set_adapter("other")
+                with torch.no_grad():
+                    position = torch.full((2, 1), self.IDS.shape[1])
+                    output = twin(input_ids=self.IDS[:, :1], past_key_values=cache, position_ids=position)
+            logits_of.append(output.logits)
+        torch.testing.assert_close(logits_of[0], logits_of[1], atol=1e-5, rtol=1e-4)
 
     def test_other_parameters(self, tmp_path):
         model = trained()
