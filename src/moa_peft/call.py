@@ -47,10 +47,10 @@ class Call:
         prompt_ran: whether attention asked for the prompt experts.
     """
 
-    owner: int = 0
-    cache: Any = None
-    pooling: Pooling | None = None
-    decoding: bool = False
+    owner: int
+    cache: Any
+    pooling: Pooling | None
+    decoding: bool
     routings: dict[str, Routing] = field(default_factory=dict)
     inputs: dict[Site, torch.Tensor] = field(default_factory=dict)
     shared: dict[tuple[str, str], tuple[torch.Tensor, dict[Site, torch.Tensor]]] = field(default_factory=dict)
@@ -113,9 +113,6 @@ class Calls:
         call = self._by_thread.get(_thread())
         # A compiled block calls back into plain code where the graph breaks.
         return self._by_thread.get(_COMPILED) if call is None else call
-
-    def __len__(self) -> int:
-        return len(self._by_thread)
 
     def __deepcopy__(self, memo: Any) -> "Calls":
         return Calls()

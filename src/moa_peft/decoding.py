@@ -38,9 +38,11 @@ class DecodingStep:
         self.router_sizes: list[int] = []
         if with_router:
             experts = self.inputs[ATTENTION_INPUT].linears()
-            self.router_read = read_matrix([*experts, *router.reads()], dtype)
-            self.router_sizes = [linear.out_features for linear in router.reads()]
-            self.router_sizes.insert(0, sum(linear.out_features for linear in experts))
+            self.router_sizes = [sum(linear.out_features for linear in experts)]
+            weight, bias = self.router_read = read_matrix([*experts, *router.reads()], dtype)
+            rank = self.router_sizes[0]
+            self.expert_reads[ATTENTION_INPUT] = weight[:rank], None if bias is None else bias[:rank]
+            self.router_sizes += [linear.out_features for linear in router.reads()]
         self.dtype = dtype
         self.writes = {site: columns(product.writes(), dtype).t() for site, product in mixture.products.items()}
         spreads = [

@@ -2,7 +2,7 @@
 
 It holds the router and the experts of every adapter, routes when the block runs, and adds each expert's output at its
 site through hooks on the block's own modules, which stay untouched. Routings live from the start to the end of one
-block forward; nothing survives it.
+block forward; what a generation may keep lives on its key-value cache (`moa_peft.call`).
 
 Experts act on one of two paths, equal in value and gradient: the plain one, each expert's own forward, and the fused
 one of `moa_peft.fused_path`.
@@ -264,7 +264,6 @@ class MoALayer(nn.Module, BaseTunerLayer):
         call = self.calls.current()
         if call is None:
             return []
-        call.prompt_ran = True
         found = []
         for name, routing in call.routings.items():
             for column, slot in enumerate(self.mixtures[name].slots):

@@ -43,6 +43,9 @@ class PromptSite:
         self, attended_BTHK: torch.Tensor, attention: nn.Module, query_BHTK: torch.Tensor, scaling: float | None
     ) -> torch.Tensor:
         """What attention returned plus what the prompt experts add."""
+        call = self.layer.calls.current()
+        if call is not None:
+            call.prompt_ran = True
         slots = self.layer.prompt_slots()
         if not slots:
             return attended_BTHK
