@@ -1,8 +1,10 @@
 """What is compared: the frozen base model, PEFT LoRA, and mixtures of adapters, all over the same base weights."""
 
+import math
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,7 +16,7 @@ from benchmarks.models import make_batch, sharing_copy
 from benchmarks.rows import BASE
 from moa_peft import MoAConfig, record_routing
 from moa_peft.layer import MoALayer
-from moa_peft.methods import method_config
+from moa_peft.methods import METHODS, method_config
 
 NEW_WEIGHT_STD = 0.02
 ROUTER_LOGIT_STD = 1.0
@@ -49,6 +51,10 @@ def moa_config(method: str, *, prompt: bool, **knobs: Any) -> Callable[[int, int
     return config
 
 
+def _preset_config(name: str, rank: int, copies: int) -> PeftConfig:
+    return method_config(name)
+
+
 CONTENDERS: dict[str, Contender] = {
     BASE: Contender("the frozen base model; gradients pass through its activations and reach the embeddings"),
     "lora": Contender("PEFT LoRA on q, k, v, o and down", lora_config),
@@ -67,6 +73,12 @@ CONTENDERS: dict[str, Contender] = {
         moa_config("sparse_moa", prompt=False, threshold_gradient="none"),
     ),
 }
+CONTENDERS["lora_64"] = Contender(
+    "PEFT LoRA of rank 64 on q, k, v, o and down", lambda rank, copies: method_config("lora", rank=64)
+)
+PRESETS = tuple(name for name in METHODS if name != "lora")
+for _name in PRESETS:
+    CONTENDERS[_name] = Contender(f"the preset {_name} with its defaults", partial(_preset_config, _name))
 TIMED = (BASE, "lora", "soft", "soft_prompt", "sparse", "sparse_prompt")
 
 
@@ -101,17 +113,20 @@ def build_all(names: Iterable[str], base: nn.Module, options: Options, *, train:
 def fill_new_weights(model: nn.Module, *, seed: int) -> None:
     """Give adapters the weights of one that has been trained a little.
 
-    What starts at zero becomes small, so that no product is with zeros; the last layer of each router is widened,
-    so that its logits differ between tokens by about one.
+    What starts at zero becomes small, so that no product is with zeros; the last layer of each router is scaled so
+    that its logits differ between tokens by about one.
     """
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if not parameter.requires_grad:
                 continue
-            is_router_output = re.search(rf"\.moa_router\.{ADAPTER}\.head\.w2\.weight$", name) is not None
-            if is_router_output or not parameter.any():
-                std = ROUTER_LOGIT_STD if is_router_output else NEW_WEIGHT_STD
+            head = re.search(rf"\.moa_router\.{ADAPTER}\.(\w+\.)?head\.(w2|linear)\.weight$", name)
+            if head or not parameter.any():
+                std = NEW_WEIGHT_STD
+                if head:
+                    # A linear head reads a hidden state, whose elements are about 1; w2 reads small numbers.
+                    std = ROUTER_LOGIT_STD / (1.0 if head[2] == "w2" else math.sqrt(parameter.shape[1]))
                 noise = torch.randn(parameter.shape, generator=generator) * std
                 parameter.copy_(noise.to(parameter))
 

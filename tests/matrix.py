@@ -10,6 +10,7 @@ import torch
 from peft import PeftModel, get_peft_model
 
 from moa_peft import MoAConfig
+from moa_peft.methods import METHODS
 from tests.models import randomise, tiny_model
 
 
@@ -51,6 +52,44 @@ def _heterogeneous() -> MoAConfig:
 
 
 CORE = ("llama", "qwen3", "gemma3_text")
+
+
+def _preset(
+    name: str, *, families: tuple[str, ...] = CORE, needs_prompt: str | None = None, **knobs: object
+) -> Variant:
+    """A named method: small, and without dropout, which would make two equal runs differ."""
+
+    def config() -> MoAConfig:
+        small = {"dropout": 0.0, "rank": 4, "alpha": 4.0}
+        return MoAConfig.preset(
+            name, task_type="CAUSAL_LM", **{k: v for k, v in small.items() if k in METHODS[name].knobs} | knobs
+        )
+
+    return Variant(name, config, families=families, needs_prompt=needs_prompt)
+
+
+def _heterogeneous_modules() -> MoAConfig:
+    return MoAConfig(
+        experts=[
+            {"type": "lora", "target": ["q", "o"], "rank": 2, "alpha": 4, "num": 2},
+            {"type": "hydra", "target": ["q", "down"], "rank": 3, "num": 2, "optional": True},
+            {"type": "core", "target": ["v", "up"], "rank": 4, "num": 3, "optional": True},
+            {"type": "lora", "target": "k", "rank": 4, "routed": False},
+            {"type": "parallel", "size": 4, "num": [2, 3]},
+            {"type": "prompt", "length": 3, "routed": False},
+        ],
+        scope="module",
+        router={"type": "softmax"},
+        losses=[{"type": "importance", "coefficient": 0.1}],
+        task_type="CAUSAL_LM",
+    )
+
+
+def _top_k_moa() -> MoAConfig:
+    experts = MoAConfig.soft(rank=4).experts
+    losses = [{"type": "balance", "coefficient": 0.1, "reduction": "mean"}, {"type": "z", "coefficient": 0.01}]
+    return MoAConfig(experts=experts, router={"type": "top_k", "k": 3}, losses=losses, task_type="CAUSAL_LM")
+
 
 VARIANTS = [
     Variant("soft", lambda: MoAConfig.soft(task_type="CAUSAL_LM")),
@@ -95,6 +134,23 @@ VARIANTS = [
         inexact_start="the released transformers port starts every weight from N(0, 0.02)",
         families=CORE,
     ),
+    _preset("instance_moa", needs_prompt="one routing per sequence is pooled over its prompt"),
+    _preset("unipeft", needs_prompt="one routing per sequence is pooled over its prompt"),
+    _preset("naive_composition"),
+    _preset("parallel_adapter"),
+    _preset("prompt"),
+    _preset("molora", families=(*CORE, "phi3", "gpt2", "opt", "falcon", "mixtral")),
+    _preset("hydralora"),
+    _preset("moe_lora_topk"),
+    _preset("adamole"),
+    _preset("mixlora", families=(*CORE, "qwen3_moe")),
+    _preset("mola"),
+    _preset("dynmole"),
+    # With random weights lambda comes close to 1, where a difference in the last digit becomes a visible one.
+    _preset("ld_mole", router={"type": "sparsegen", "hidden": 8, "epsilon": 0.5}),
+    _preset("comol"),
+    Variant("heterogeneous-modules", _heterogeneous_modules, families=(*CORE, "phi3", "gpt2", "opt", "mixtral")),
+    Variant("sparse-routing-of-moa", _top_k_moa, families=CORE),
 ]
 
 

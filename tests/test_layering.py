@@ -8,11 +8,30 @@ import moa_peft
 ROOT = Path(moa_peft.__file__).parent
 
 LEVELS = [
-    {"errors", "fields", "functional", "initialization", "registry", "routing", "routers", "experts", "version"},
+    {
+        "errors",
+        "fields",
+        "functional",
+        "initialization",
+        "entropy",
+        "losses",
+        "registry",
+        "routing",
+        "routers",
+        "experts",
+        "version",
+    },
     {"architectures", "config", "methods", "peft_type", "model_card"},
     {
         "plan",
+        "sites",
         "layer",
+        "listeners",
+        "obstacles",
+        "auxiliary",
+        "shared_networks",
+        "token_mask",
+        "training_callback",
         "adapter_names",
         "adapter_tensors",
         "loading",

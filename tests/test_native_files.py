@@ -137,7 +137,7 @@ def test_saving_under_another_configuration_object(tmp_path):
     [
         ({"experts": []}, "experts is"),
         ({"experts": ["lora"]}, r"experts\[0\] is 'lora'"),
-        ({"experts": [{"type": "lorra"}]}, "Unknown expert type 'lorra'. Known: lora, parallel, prompt"),
+        ({"experts": [{"type": "lorra"}]}, "Unknown expert type 'lorra'. Known: core, hydra, lora"),
         ({"experts": [{"type": "lora", "target": "q", "rnak": 2}]}, "unknown option 'rnak'. Did you mean 'rank'"),
         ({"experts": [{"type": "lora"}]}, "option 'target' is required"),
         ({"experts": [{"type": "lora", "target": "q", "rank": 0}]}, r"experts\[0\] \(lora\): rank is 0"),

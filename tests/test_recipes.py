@@ -5,44 +5,19 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from transformers import LlamaConfig, Qwen3Config
 
 from moa_peft.counting import count_parameters
+from moa_peft.methods import METHODS
 from moa_peft.training import load_recipe
 from moa_peft.training.adapters import adapter_config
+from studies.reference_models import BY_HUB_ID
 
 ROOT = Path(__file__).parent.parent
 RECIPES = sorted((ROOT / "recipes").rglob("*.yaml"))
-PAPER = [path for path in RECIPES if path.parent.name != "small"]
+SMALL = [path for path in RECIPES if path.parent.name == "small"]
+ORIGINALS = [path for path in RECIPES if path.parent.name == "originals"]
+PAPER = [path for path in RECIPES if path not in SMALL + ORIGINALS]
 
-BASES = {
-    "meta-llama/Llama-3.1-8B-Instruct": LlamaConfig(
-        hidden_size=4096,
-        intermediate_size=14336,
-        num_hidden_layers=32,
-        num_attention_heads=32,
-        num_key_value_heads=8,
-        vocab_size=128256,
-    ),
-    "Qwen/Qwen3-8B": Qwen3Config(
-        hidden_size=4096,
-        intermediate_size=12288,
-        num_hidden_layers=36,
-        num_attention_heads=32,
-        num_key_value_heads=8,
-        head_dim=128,
-        vocab_size=151936,
-    ),
-    "Qwen/Qwen3-14B": Qwen3Config(
-        hidden_size=5120,
-        intermediate_size=17408,
-        num_hidden_layers=40,
-        num_attention_heads=40,
-        num_key_value_heads=8,
-        head_dim=128,
-        vocab_size=151936,
-    ),
-}
 # The rows of the table of exact counts that a shipped recipe stands for.
 COUNTS = {
     "math/soft_moa_llama31_8b": 24_520_288,
@@ -70,7 +45,8 @@ def test_there_is_a_recipe_for_every_task_model_and_path() -> None:
         for path in ("", "_hf")
     }
     assert {name_of(path) for path in PAPER} == expected
-    assert {path.stem for path in RECIPES} >= {"soft_moa", "sparse_moa", "lora"}
+    assert {path.stem for path in SMALL} == set(METHODS)
+    assert {path.stem for path in ORIGINALS} == {"hydralora", "adamole", "mola", "mixlora", "dynmole", "ld_mole"}
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=name_of)
@@ -93,11 +69,32 @@ def test_recipe(path: Path, tmp_path: Path) -> None:
         assert recipe.moa["router_input"] == ("normed" if is_hf else "residual")
         assert recipe.data.loss_on == ("all" if is_hf else "answer")
         assert arguments.learning_rate == (1e-4 if is_hf else 7.5e-4)
+    elif path in ORIGINALS:
+        header = "\n".join(line for line in lines if line.startswith("#"))
+        assert all(part in header for part in ("Source: ", "Data: ", "Deviations:", METHODS[path.stem].source))
+        assert recipe.options.method == path.stem and recipe.options.model in BY_HUB_ID
     else:
+        assert recipe.options.method == path.stem
         assert batch == 8 and has_validation and arguments.load_best_model_at_end
 
 
 @pytest.mark.parametrize("name", COUNTS)
 def test_parameter_counts(name: str) -> None:
     recipe = load_recipe(ROOT / "recipes" / f"{name}.yaml")
-    assert count_parameters(BASES[recipe.options.model], adapter_config(recipe)).total == COUNTS[name]
+    assert count_parameters(BY_HUB_ID[recipe.options.model], adapter_config(recipe)).total == COUNTS[name]
+
+
+@pytest.mark.parametrize(
+    ("name", "total"),
+    [
+        # 4 experts of rank 4 on gate, up and down (19,200 in, 26,112 out): one A, 4 B, a router of 4 rows.
+        ("hydralora", 32 * (4 * 19_200 + 16 * 26_112 + 4 * 19_200)),
+        # 8 experts of rank 4 on four 4096 x 4096 layers, a router of 8 rows without bias, a threshold with one.
+        ("adamole", 32 * 4 * (8 * 4 * 2 * 4096 + 8 * 4096 + 4096 + 1)),
+        ("mola", 105_635_840),
+        ("dynmole", 212_484_096),
+    ],
+)
+def test_parameter_counts_of_the_original_settings(name: str, total: int) -> None:
+    recipe = load_recipe(ROOT / "recipes" / "originals" / f"{name}.yaml")
+    assert count_parameters(BY_HUB_ID[recipe.options.model], adapter_config(recipe)).total == total

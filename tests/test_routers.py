@@ -1,140 +1,182 @@
-"""Routers on their own: values, selection and gradients against the formulas."""
+"""What holds for every router: invariants under difficult logits, precision, gradients, options."""
 
 import pytest
 import torch
 
+from moa_peft.entropy import tsallis_entropy
 from moa_peft.errors import UserError
-from moa_peft.initialization import reset_linear
-from moa_peft.routers import ROUTERS, SigmoidRouter
-from moa_peft.routers.sigmoid import SigmoidRouterOptions, select
-from tests.models import randomise
+from moa_peft.routers import ROUTERS
+from tests.router_kinds import EXPERTS, KINDS, WIDTH, build, hidden, route
 
-WIDTH, EXPERTS = 12, 5
+SUM_TO_ONE = {"softmax", "top_k", "top_k_noisy", "adamole", "adamole_high", "sparsegen"}
 
 
-def router(**options: object) -> SigmoidRouter:
-    made = SigmoidRouter(WIDTH, EXPERTS, SigmoidRouterOptions(**options))
-    randomise(made, std=0.5)
-    return made
+def difficult_logits(num_experts: int) -> torch.Tensor:
+    random = torch.randn(200, num_experts, generator=torch.Generator().manual_seed(0))
+    ties = random.round()
+    one_hot = torch.eye(num_experts)
+    zero = torch.zeros(1, num_experts)
+    return torch.cat(
+        [random, 20 * random, 1e4 * random, ties, 1e3 * ties, one_hot, 1e30 * one_hot, zero, zero + 1e30, zero - 1e4]
+    )
 
 
-def hidden(seed: int = 3) -> torch.Tensor:
-    return torch.randn(2, 7, WIDTH, generator=torch.Generator().manual_seed(seed))
+@pytest.mark.parametrize("num_experts", [1, 2, 3, 8])
+@pytest.mark.parametrize("kind", KINDS)
+def test_invariants_hold_for_difficult_logits(kind: str, num_experts: int):
+    made = build(kind, num_experts)
+    logits = difficult_logits(num_experts)
+    for others in (None, -1e4, 1e4):
+        routing = route(made, logits, others=others)
+        for name in ("weights", "scores", "threshold", "logits", "sparsity"):
+            value = getattr(routing, name)
+            assert value is None or (value.dtype == torch.float32 and value.isfinite().all()), name
+        assert (routing.weights >= 0).all() and (routing.scores >= 0).all()
+        if not kind.startswith("sigmoid"):
+            assert routing.selected.any(-1).all(), "a token lost every expert"
+        if kind in SUM_TO_ONE:
+            torch.testing.assert_close(routing.weights.sum(-1), torch.ones(len(logits)))
+        if made.scores_are_probabilities:
+            torch.testing.assert_close(routing.scores.sum(-1), torch.ones(len(logits)))
+        if kind.startswith("top_k"):
+            assert (routing.selected.sum(-1) == min(2, num_experts)).all()
+        if kind == "dynmole":
+            assert (routing.selected.sum(-1) >= min(2, num_experts)).all()
+        if kind in ("top_k_unrenormalised", "top_p", "dynmole"):
+            torch.testing.assert_close(routing.weights, routing.scores * routing.selected)
+        assert kind == "constant" or torch.equal(routing.logits, logits)
+        entropy = tsallis_entropy(routing.scores, 1.1) if made.scores_are_probabilities else torch.zeros(1)
+        assert ((entropy >= 0) & (entropy <= 1)).all()
 
 
-def test_linear_head_is_sigmoid_of_a_linear_layer():
-    r = router(hidden_per_expert=0)
-    z = hidden()
-    expected = torch.sigmoid(z @ r.head.linear.weight.T + r.head.linear.bias)
-    torch.testing.assert_close(r(z).weights, expected)
-    assert r(z).threshold is None and r(z).selected.all()
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_neutral_weight_is_the_mean_weight_at_zero_logits(kind: str):
+    for num_experts in (2, 3, 8):
+        made = build(kind, num_experts)
+        weights = route(made, torch.zeros(1, num_experts), others=0.0).weights
+        expected = made.neutral_weight(num_experts, made.options)
+        if kind == "sigmoid_sparse":
+            assert expected == 0.5
+        else:
+            assert weights.mean().item() == pytest.approx(expected)
 
 
-def test_swiglu_head_follows_its_formula():
-    r = router(hidden_per_expert=3)
-    z = hidden()
-    w1, w2, w3 = r.head.w1, r.head.w2, r.head.w3
-    assert w1.weight.shape == (3 * EXPERTS, WIDTH) and w2.weight.shape == (EXPERTS, 3 * EXPERTS)
-    a = z @ w1.weight.T + w1.bias
-    inner = a * torch.sigmoid(a) * (z @ w3.weight.T + w3.bias)
-    torch.testing.assert_close(r(z).weights, torch.sigmoid(inner @ w2.weight.T + w2.bias), atol=1e-6, rtol=1e-5)
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_parameter_learns_and_evaluation_repeats_itself(kind: str):
+    made = build(kind)
+    if kind != "constant":
+        assert torch.equal(made(hidden()).weights, made(hidden()).weights)
+        made.train()
+        routing = made(hidden())
+        upstream = torch.randn(routing.weights.shape, generator=torch.Generator().manual_seed(1))
+        (routing.weights * upstream).sum().backward()
+    network = made._shared[0] if made.shared_network(WIDTH, made.options) is not None else torch.nn.Module()
+    for name, parameter in [*made.named_parameters(), *network.named_parameters()]:
+        assert parameter.grad is not None and parameter.grad.abs().sum() > 0, name
 
 
-def test_learned_threshold_and_selection():
-    r = router(threshold="learned", max_threshold=0.8, threshold_gradient="none")
-    z = hidden()
-    routing = r(z)
-    tau = 0.8 * torch.sigmoid(z @ r.threshold.weight.T + r.threshold.bias)
-    torch.testing.assert_close(routing.threshold, tau)
-    assert 0 < routing.selected.float().mean() < 1, "the case must select some and drop some"
-    assert torch.equal(routing.weights, routing.scores * (routing.scores >= routing.threshold))
+@pytest.mark.parametrize("kind", KINDS)
+def test_all_after_the_products_is_float32_for_a_bf16_input(kind: str):
+    made = build(kind)
+    routing = made(hidden().bfloat16())
+    assert routing.weights.shape == (2, 7, EXPERTS)
+    values = [routing.weights, routing.scores, routing.threshold, routing.logits, routing.sparsity]
+    assert all(value is None or value.dtype == torch.float32 for value in values)
+    products = [linear(hidden().bfloat16()) for linear in made.reads()]
+    assert all(product.dtype == torch.bfloat16 for product in products)
+    widened = made.route([product.float() for product in products]).weights
+    assert torch.equal(routing.weights, widened.expand_as(routing.weights))
 
 
-def test_constant_threshold_has_no_parameters():
-    r = router(threshold="constant", max_threshold=0.5)
-    routing = r(hidden())
-    assert r.threshold is None
-    assert torch.equal(routing.threshold, torch.full_like(routing.threshold, 0.5))
-    assert torch.equal(routing.selected, routing.scores >= 0.5)
+@pytest.mark.parametrize("kind", KINDS)
+def test_it_compiles_without_a_break(kind: str):
+    made = build(kind)
+    torch.compiler.reset()
+    compiled = torch.compile(made, fullgraph=True, backend="eager")
+    assert torch.equal(compiled(hidden()).weights, made(hidden()).weights)
 
 
-@pytest.mark.parametrize("gradient", ["straight_through", "shifted"])
-def test_threshold_gradients_equal_those_of_the_smooth_formulas(gradient: str):
-    scores = torch.rand(6, EXPERTS, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    tau = torch.full((6, 1), 0.5, dtype=torch.float64)
-    upstream = torch.randn(6, EXPERTS, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-    scores.requires_grad_()
-    tau.requires_grad_()
-    weights = select(scores, tau, gradient=gradient, temperature=0.1)
-    ours = torch.autograd.grad((weights * upstream).sum(), [scores, tau])
-    if gradient == "shifted":
-        expected_value = torch.relu(scores - tau)
-        expected = torch.autograd.grad((expected_value * upstream).sum(), [scores, tau])
-    else:
-        # d(w k) = k dw + w dk, with the hard k in the first and the slope of sigmoid((w - tau) / T) in the second.
-        hard = (scores >= tau).double()
-        soft = torch.sigmoid((scores - tau) / 0.1)
-        slope = soft * (1 - soft) / 0.1
-        expected_value = scores * hard
-        expected = [upstream * (hard + scores * slope), -(upstream * scores * slope).sum(-1, keepdim=True)]
-    assert torch.equal(weights, expected_value)
-    for one, other in zip(ours, expected):
-        torch.testing.assert_close(one, other)
-        assert one.abs().sum() > 0
+@pytest.mark.parametrize("kind", [*KINDS, "straight_through"])
+def test_no_gradient_reaches_a_weight_of_zero_where_experts_may_be_left_out(kind: str):
+    sparse = kind == "straight_through"
+    made = build("sigmoid_sparse", threshold_gradient=kind) if sparse else build(kind)
+    made.train()
+
+    def weights() -> torch.Tensor:
+        torch.manual_seed(0)
+        return made(hidden()).weights
+
+    zeros = weights() == 0
+    if not made.may_skip(with_gradient=False):
+        assert not zeros.any()
+        return
+    assert zeros.any()
+    gradients = []
+    for of_zeros in (0.0, 1.0, float("1e6")):
+        upstream = torch.randn(zeros.shape, generator=torch.Generator().manual_seed(1))
+        made.zero_grad()
+        weights().backward(torch.where(zeros, of_zeros, upstream))
+        gradients.append(torch.cat([p.grad.flatten() for p in made.parameters()]))
+    same = all(torch.equal(gradients[0], other) for other in gradients)
+    assert same is made.may_skip(with_gradient=True)
+    assert same is not sparse
 
 
-def test_the_released_selection_gives_the_threshold_no_gradient():
-    r = router(threshold="learned", threshold_gradient="none", max_threshold=0.9)
-    r(hidden()).weights.sum().backward()
-    assert all(p.grad is None for p in r.threshold.parameters())
-    assert r.head.w1.weight.grad.abs().sum() > 0
-    assert [id(p) for p in r.frozen_parameters()] == [id(p) for p in r.threshold.parameters()]
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind not in ("constant", "sigmoid", "sigmoid_sparse")])
+def test_heads_take_a_hidden_layer_no_bias_and_a_spread(kind: str):
+    made = build(kind, hidden_per_expert=2, bias=False, init_std=0.3)
+    assert made.head.w1.weight.shape == (2 * EXPERTS, WIDTH)
+    assert not [name for name, _ in made.head.named_parameters() if name.endswith("bias")]
+    assert made(hidden()).weights.shape == (2, 7, EXPERTS)
+    made.reset_parameters("identity")
+    assert abs(made.head.w1.weight.std().item() - 0.3) < 0.06
+    plain = build(kind, bias=True)
+    plain.reset_parameters("identity")
+    assert plain.head.linear.bias.abs().sum() == 0 and plain.head.linear.weight.abs().max() <= WIDTH**-0.5
 
 
-def test_a_token_may_keep_no_expert_and_the_temperature_acts():
-    scores = torch.full((1, EXPERTS), 0.2)
-    assert not select(scores, torch.full((1, 1), 0.4), gradient="none", temperature=0.1).any()
-    slopes = []
-    for temperature in (0.1, 0.5):
-        tau = torch.full((1, 1), 0.4, requires_grad=True)
-        select(scores, tau, gradient="straight_through", temperature=temperature).sum().backward()
-        slopes.append(tau.grad.item())
-    assert slopes[0] != slopes[1]
-
-
-def test_routing_is_float32_for_a_bf16_base():
-    routing = router(threshold="learned")(hidden().bfloat16())
-    assert routing.weights.dtype == routing.scores.dtype == routing.threshold.dtype == torch.float32
-
-
-@pytest.mark.parametrize("init", ["identity", "reference", "normal"])
-def test_biases_start_at_zero_and_weights_do_not(init: str):
-    r = router(threshold="learned")
-    r.reset_parameters(init)
-    for name, p in r.named_parameters():
-        assert p.abs().sum() == 0 if name.endswith("bias") else p.abs().min() < p.abs().max()
-    linear = torch.nn.Linear(400, 400)
-    reset_linear(linear, init)
-    bound = 0.05 if init != "normal" else 1.0
-    assert linear.weight.abs().max() <= bound
-    assert abs(linear.weight.std().item() - (0.02 if init == "normal" else 0.05 / 3**0.5)) < 1e-3
+def test_constant_weights_have_no_parameters_and_follow_their_module():
+    made = build("constant")
+    assert made.reads() == [] and not list(made.parameters()) and not made.state_dict()
+    assert made.route([]).weights.tolist() == pytest.approx([0.3] * EXPERTS)
+    assert torch.equal(made.bfloat16().route([]).weights, build("constant").route([]).weights)
+    assert made.to("meta").route([]).weights.device.type == "meta"
 
 
 @pytest.mark.parametrize(
-    ("options", "words"),
+    ("name", "options", "words"),
     [
-        ({"hidden_per_expert": -1}, "hidden_per_expert is -1"),
-        ({"hidden_per_expert": 1.5}, "hidden_per_expert is 1.5"),
-        ({"threshold": "median"}, "'none', 'constant', 'learned'"),
-        ({"threshold_gradient": "soft"}, "'straight_through'"),
-        ({"max_threshold": 0.0}, "max_threshold is 0.0"),
-        ({"max_threshold": 1.5}, "max_threshold is 1.5"),
-        ({"threshold_temperature": 0}, "threshold_temperature is 0"),
+        ("softmax", {"bias": 1}, "router.bias is 1; it must be true or false"),
+        ("softmax", {"scaled": "yes"}, "router.scaled is 'yes'"),
+        ("softmax", {"init_std": 0.0}, "router.init_std is 0.0"),
+        ("softmax", {"hidden_per_expert": -2}, "hidden_per_expert is -2"),
+        ("top_k", {"k": 0}, "router.k is 0; it must be an integer of at least 1"),
+        ("top_k", {"noise": None}, "router.noise is None"),
+        ("top_k", {"renormalise": 0}, "router.renormalise is 0"),
+        ("top_p", {"p": 0.0}, r"router.p is 0.0; it must be a number in \(0.0, 1.0\]"),
+        ("top_p", {"p": 1.1}, "router.p is 1.1"),
+        ("adamole", {"max_threshold": 1.5}, "router.max_threshold is 1.5"),
+        ("adamole", {"bias": "no"}, "router.bias is 'no'"),
+        ("dynmole", {"top_p": -0.1}, "router.top_p is -0.1"),
+        ("dynmole", {"keep_top_k": 1.5}, "router.keep_top_k is 1.5"),
+        ("dynmole", {"entropy_threshold": 2.0}, "router.entropy_threshold is 2.0"),
+        ("dynmole", {"entropy_index": 0}, "router.entropy_index is 0"),
+        ("sparsegen", {"hidden": 0}, "router.hidden is 0"),
+        ("sparsegen", {"epsilon": 1.0}, "router.epsilon is 1.0"),
+        ("constant", {"weight": float("nan")}, "router.weight is nan"),
     ],
 )
-def test_wrong_options_say_what_is_allowed(options: dict[str, object], words: str):
+def test_wrong_options_of_the_other_routers_say_what_is_allowed(name: str, options: dict[str, object], words: str):
     with pytest.raises(UserError, match=words):
-        SigmoidRouterOptions(**options)
+        ROUTERS[name].Options(**options)
+
+
+@pytest.mark.parametrize(("name", "option"), [("top_k", "k"), ("dynmole", "keep_top_k")])
+def test_more_experts_than_there_are_cannot_be_kept(name: str, option: str):
+    options = ROUTERS[name].Options(**{option: 3})
+    ROUTERS[name](WIDTH, 3, options)
+    with pytest.raises(UserError, match=f"router.{option} is 3.*2 experts.*at most 2"):
+        ROUTERS[name](WIDTH, 2, options)
 
 
 def test_unknown_router_lists_the_known_ones():

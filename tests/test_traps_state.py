@@ -128,8 +128,8 @@ class TestKeptCaches:
             model.set_adapter("default")
             model.delete_adapter("other")
             gc.collect()
-        # The step and the prompt of the adapter that ran last.
-        assert kept == [2, 2]
+        # The step, and the prompt's keys and values with and without its gate, of the adapter that ran last.
+        assert kept == [3, 3]
 
     def test_training_mode_and_hooks_between_tokens(self):
         model = trained(config=soft(dropout=0.5))

@@ -13,9 +13,9 @@ from torch import nn
 
 from moa_peft.config import MoAConfig
 from moa_peft.errors import UserError
-from moa_peft.experts import EXPERTS
+from moa_peft.mixture import make_routers
 from moa_peft.plan import Plan
-from moa_peft.routers import ROUTERS
+from moa_peft.shared_networks import shared_shapes
 
 PREFIX = "base_model.model."
 """What stands before every name in an adapter file."""
@@ -86,16 +86,14 @@ def mixture_shapes(config: MoAConfig, plan: Plan, hidden_size: int) -> dict[str,
         plan: experts of every block.
         hidden_size: width of the residual stream.
     """
-    assert config.router is not None
     shapes = {}
     with torch.device("meta"):
         for block, slots in plan.blocks.items():
-            router = ROUTERS[config.router["type"]](hidden_size, len(slots), config.router_options())
-            parts: dict[str, nn.Module] = {"moa_router": router}
-            parts |= {f"moa_experts.{s.name}": EXPERTS[s.expert_type](s.shape, s.options) for s in slots}
+            parts: dict[str, nn.Module] = {"moa_router": make_routers(config, slots, hidden_size)}
+            parts |= {f"moa_experts.{slot.name}": slot.expert() for slot in slots}
             for part, module in parts.items():
                 shapes |= {f"{block}.moa.{part}.{name}": p.shape for name, p in module.state_dict().items()}
-    return shapes
+    return shapes | shared_shapes(config, plan, hidden_size)
 
 
 def further_shapes(config: MoAConfig, model: nn.Module) -> dict[str, torch.Size]:

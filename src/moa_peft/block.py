@@ -13,6 +13,7 @@ from torch import nn
 from moa_peft.layer import MoALayer
 from moa_peft.pooling import ARGUMENT
 from moa_peft.swapped_class import restore_class, swap_class, swapped_class
+from moa_peft.token_mask import ARGUMENT as TOKENS
 
 CHILD = "moa"
 """Name of the tuner layer in its block. It must not contain the prefix ``moa_``, by which PEFT finds containers."""
@@ -26,7 +27,8 @@ def routed_class(block_class: type[nn.Module]) -> type[nn.Module]:
         layer: MoALayer = self.moa  # type: ignore[assignment]
         hidden = args[0] if args else kwargs["hidden_states"]
         cache = kwargs.get("past_key_values")
-        layer.start(hidden, kwargs.get("layer_past") if cache is None else cache, kwargs.pop(ARGUMENT, None))
+        cache = kwargs.get("layer_past") if cache is None else cache
+        layer.start(hidden, cache, pooling=kwargs.pop(ARGUMENT, None), tokens=kwargs.pop(TOKENS, None))
         try:
             output = block_class.forward(self, *args, **kwargs)
             layer.check_prompt_ran()

@@ -4,6 +4,7 @@ Calls are kept per thread, so threads may share one model object. Compiled code 
 """
 
 import threading
+from collections import defaultdict
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -12,9 +13,9 @@ import torch
 
 from moa_peft.decoding import RunningStep
 from moa_peft.packed import is_transformed
-from moa_peft.plan import Site
 from moa_peft.pooling import Pooling
 from moa_peft.routing import Routing
+from moa_peft.sites import Site
 
 T = TypeVar("T")
 _COMPILED = 0
@@ -39,8 +40,11 @@ class Call:
         owner: number of the block's layer.
         cache: key-value cache of the call, or None.
         pooling: what mixtures of sequence granularity pool over, or None.
+        tokens: ``[B, T]`` bool, the tokens that are no padding, where auxiliary losses need to know; else None.
         decoding: one more token of a generation: what `once_per_generation` kept may be used.
-        routings: adapter name to its routing.
+        running: names of the adapters that act.
+        routings: adapter name and mixture name to its routing.
+        routed_from: the same to what the router read, for routers at a site.
         inputs: what sites read whose two modules differ.
         shared: adapter name and input name to the tensor that was read, and each site's weighted inner activations.
         steps: adapter name to its prepared step, while decoding.
@@ -50,8 +54,11 @@ class Call:
     owner: int
     cache: Any
     pooling: Pooling | None
+    tokens: torch.Tensor | None
     decoding: bool
-    routings: dict[str, Routing] = field(default_factory=dict)
+    running: tuple[str, ...] = ()
+    routings: dict[str, dict[str, Routing]] = field(default_factory=lambda: defaultdict(dict))
+    routed_from: dict[tuple[str, str], torch.Tensor] = field(default_factory=dict)
     inputs: dict[Site, torch.Tensor] = field(default_factory=dict)
     shared: dict[tuple[str, str], tuple[torch.Tensor, dict[Site, torch.Tensor]]] = field(default_factory=dict)
     steps: dict[str, RunningStep] = field(default_factory=dict)

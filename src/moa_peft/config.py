@@ -15,6 +15,7 @@ from moa_peft.errors import UserError
 from moa_peft.experts import EXPERTS, ExpertOptions
 from moa_peft.fields import build_options, check_choice
 from moa_peft.initialization import INITS, Init
+from moa_peft.losses import check_losses, loss_entries, parse_losses
 from moa_peft.peft_type import MOA
 from moa_peft.routers import ROUTERS, RouterOptions
 from moa_peft.version import __version__
@@ -22,7 +23,8 @@ from moa_peft.version import __version__
 MOA_FORMAT = 1
 """Version of the adapter files; raised when older code could no longer read them rightly."""
 
-RouterInput = Literal["normed", "residual"]
+Scope = Literal["block", "module", "mlp"]
+RouterInput = Literal["normed", "residual", "input", "core"]
 Granularity = Literal["token", "sequence"]
 
 
@@ -42,9 +44,16 @@ class MoAConfig(PeftConfig):
         experts: one dictionary per expert, ``type`` and the options of `moa_peft.experts`. Their order is the order of
             the routing weights. None is Soft MoA's experts.
         router: ``type`` and the options of `moa_peft.routers`. None is the sigmoid router.
-        scope: what owns one router; ``block``.
+        scope: what owns one router. ``block``: each block (MoA). ``module``: each linear layer with experts, and the
+            MLP. ``mlp``: the MLP of each block, all of whose routed experts are then inside it (MixLoRA).
         granularity: ``token``: one routing per token. ``sequence``: one per sequence, pooled over its prompt.
-        router_input: ``normed``: the output of the norm that attention reads. ``residual``: the block's input.
+        router_input: with scope ``block``, ``normed``: the output of the norm that attention reads, or ``residual``:
+            the block's input. With the others, ``input``: what the module itself reads, or, with scope ``module``,
+            ``core``: what the shared A of its experts makes of that (CoMoL). None is the first of these.
+        losses: auxiliary losses on the routings, one dictionary each: ``type``, ``coefficient`` and the options of
+            `moa_peft.losses`. None is none.
+        aux_reduce: ``local``: token statistics of the losses per process, averaged over processes. ``global``: over
+            the tokens of all processes.
         init: initial weights, see `moa_peft.initialization`.
         init_from: folder or hub id of a PEFT LoRA adapter of the same base model whose weights start the LoRA experts.
         target_modules: shorthand, instead of `experts`: LoRA experts on these roles or modules and nothing else.
@@ -62,9 +71,11 @@ class MoAConfig(PeftConfig):
 
     experts: list[dict[str, Any]] | None = field(default=None, metadata={"help": "Experts of the mixture."})
     router: dict[str, Any] | None = field(default=None, metadata={"help": "Router of the mixture."})
-    scope: str = field(default="block", metadata={"help": "What owns one router: block."})
+    scope: Scope = field(default="block", metadata={"help": "What owns one router: block, module or mlp."})
     granularity: Granularity = field(default="token", metadata={"help": "token or sequence."})
-    router_input: RouterInput = field(default="normed", metadata={"help": "normed or residual."})
+    router_input: RouterInput | None = field(default=None, metadata={"help": "normed, residual, input or core."})
+    losses: list[dict[str, Any]] | None = field(default=None, metadata={"help": "Auxiliary losses."})
+    aux_reduce: Literal["local", "global"] = field(default="local", metadata={"help": "local or global."})
     init: Init = field(default="identity", metadata={"help": "identity, reference or normal."})
     init_from: str | None = field(default=None, metadata={"help": "LoRA adapter to start the LoRA experts from."})
     target_modules: list[str] | str | None = field(
@@ -85,15 +96,44 @@ class MoAConfig(PeftConfig):
         self.peft_type = MOA
         _check_format(self.moa_format, self.moa_version)
         self._check_types()
-        check_choice("scope", self.scope, ("block",))
+        check_choice("scope", self.scope, tuple(_ROUTER_INPUTS))
         check_choice("granularity", self.granularity, ("token", "sequence"))
-        check_choice("router_input", self.router_input, ("normed", "residual"))
+        if self.router_input is None:
+            self.router_input = _ROUTER_INPUTS[self.scope][0]
+        check_choice(f"router_input (with scope {self.scope!r})", self.router_input, _ROUTER_INPUTS[self.scope])
+        check_choice("aux_reduce", self.aux_reduce, ("local", "global"))
         check_choice("init", self.init, INITS)
         self._settle_experts()
         self.router = dict(self.router or {"type": "sigmoid"})
         self.router = {"type": self.router.get("type")} | asdict(self.router_options())
+        self._check_combination()
+        losses = parse_losses(self.losses)
+        check_losses(losses, self.router["type"], self.router_options())
+        self.losses = loss_entries(losses) or None
         if self.architecture is not None:
             self.described_architecture()
+
+    def _check_combination(self) -> None:
+        """Refuse parts that make no sense together."""
+        if self.scope != "block" and self.granularity == "sequence":
+            raise UserError(
+                f"granularity is 'sequence' and scope {self.scope!r}; one routing per sequence is made per block. Use "
+                "scope 'block'."
+            )
+        routed = [(kind, entry) for kind, entry in zip(self.expert_types, self.expert_options()) if entry.routed]
+        if self.scope != "block" and any(EXPERTS[kind].site_kind == "attention" for kind, _ in routed):
+            raise UserError(
+                f"scope is {self.scope!r}, and the prompt expert is no linear layer and in no MLP. Use scope 'block', "
+                "or give it 'routed': false (weight 1)."
+            )
+        if self.router_input == "core" and any(not EXPERTS[kind].holds_copies for kind, _ in routed):
+            raise UserError(
+                "router_input is 'core', what the shared A of a module's experts returns; every routed expert must be "
+                "of type 'core' or 'hydra' then. Use router_input 'input'."
+            )
+        for kind, entry in routed:
+            if entry.group is not None and EXPERTS[kind].holds_copies:
+                raise UserError(f"group is {entry.group!r} on a {kind!r} expert, whose copies have a weight each.")
 
     def _check_types(self) -> None:
         for name in ("router", "architecture"):
@@ -216,32 +256,20 @@ class MoAConfig(PeftConfig):
         Raises:
             UserError: for an unknown method or knob, or a knob of the wrong type.
         """
-        from moa_peft.methods import METHODS, method_config
+        from moa_peft.methods import method_config
 
-        defaults = METHODS[name].knobs if name in METHODS else {}
-        return method_config(name, **{key: _knob(key, value, defaults.get(key)) for key, value in knobs.items()})
+        return method_config(name, **knobs)
+
+
+_ROUTER_INPUTS: dict[str, tuple[RouterInput, ...]] = {
+    "block": ("normed", "residual"),
+    "module": ("input", "core"),
+    "mlp": ("input",),
+}
 
 
 def _known() -> str:
     return ", ".join(EXPERTS)
-
-
-def _knob(name: str, value: Any, default: Any) -> Any:
-    """The value of a method's knob, refused where its type is not that of the default; one name makes a list."""
-    if isinstance(default, bool):
-        if not isinstance(value, bool):
-            raise UserError(f"{name} is {value!r}; it must be true or false.")
-    elif isinstance(default, int):
-        if isinstance(value, bool) or not isinstance(value, int):
-            raise UserError(f"{name} is {value!r}; it must be a whole number.")
-    elif isinstance(default, float):
-        if isinstance(value, bool) or not isinstance(value, (int, float)):
-            raise UserError(f"{name} is {value!r}; it must be a number.")
-    elif isinstance(default, (list, tuple)):
-        value = [value] if isinstance(value, str) else value
-        if not isinstance(value, (list, tuple)) or not all(isinstance(item, str) for item in value):
-            raise UserError(f"{name} is {value!r}; it must be a list of names.")
-    return value
 
 
 def _check_format(moa_format: Any, written_by: str) -> None:

@@ -9,6 +9,7 @@ from transformers import PreTrainedConfig
 
 from moa_peft.layer import MoALayer
 from moa_peft.meta_model import adapter_on_meta
+from moa_peft.shared_networks import SharedNetworks
 
 
 @dataclass
@@ -59,6 +60,9 @@ def count_adapter(model: nn.Module, adapter_name: str = "default") -> ParameterC
     count = ParameterCount()
     mixture = set()
     for layer in model.modules():
+        if isinstance(layer, SharedNetworks) and adapter_name in layer.moa_shared:
+            mixture.update(id(p) for p in layer.parameters())
+            count.router += sum(p.numel() for p in layer.moa_shared[adapter_name].parameters())
         if not isinstance(layer, MoALayer) or adapter_name not in layer.mixtures:
             continue
         mixture.update(id(p) for p in layer.parameters())
@@ -67,7 +71,7 @@ def count_adapter(model: nn.Module, adapter_name: str = "default") -> ParameterC
             count.experts[slot.name] += size
             count.types[slot.expert_type] += size
         for name, parameter in layer.moa_router[adapter_name].named_parameters():
-            if name.startswith("threshold."):
+            if "threshold" in name.split("."):
                 count.threshold += parameter.numel()
             else:
                 count.router += parameter.numel()

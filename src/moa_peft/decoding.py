@@ -4,67 +4,73 @@ A decoding step is short, so that deciding and packing anew would cost more than
 first step and kept for the generation (`moa_peft.call.Call.once_per_generation`).
 """
 
+from collections.abc import Callable, Mapping
+
 import torch
 import torch.nn.functional as F
 
-from moa_peft.architectures import ATTENTION_INPUT
-from moa_peft.mixture import Mixture
+from moa_peft.mixture import BlockMixtures
 from moa_peft.packed import columns, read_matrix
-from moa_peft.plan import Site
 from moa_peft.products import SharedInput
 from moa_peft.routers import Router
 from moa_peft.routing import Routing
+from moa_peft.sites import BLOCK, Site
+
+KeepRouting = Callable[[str, Routing], None]
+"""Hands the routing of a mixture, by its name, to the layer."""
+
+
+class _PackedInput:
+    """What experts and routers read one tensor with, as one matrix.
+
+    Args:
+        shared: the sites that read the tensor.
+        routers: routers by mixture; those that read the tensor too are packed with the experts.
+        dtype: of the hidden states.
+    """
+
+    def __init__(self, shared: SharedInput, routers: Mapping[str, Router], dtype: torch.dtype) -> None:
+        self.shared = shared
+        self.routers = [(name, routers[name]) for name in shared.routers]
+        self.at_site = False
+        self.by_core = [(name, routers[name]) for name in shared.routed_by_core]
+        reads = list(dict.fromkeys(linear for _, router in self.routers for linear in router.reads()))
+        self.weight, self.bias = read_matrix([*shared.linears(), *reads], dtype)
+        self.sizes = [sum(part.rank for part in shared.parts), *(linear.out_features for linear in reads)]
+        # Which of the products each router needs.
+        self.numbers = [[reads.index(linear) for linear in router.reads()] for _, router in self.routers]
+        self.spread = shared.spread_matrix(dtype, self.weight.device)
+        rank = self.sizes[0]
+        self.experts_only = self.weight[:rank], None if self.bias is None else self.bias[:rank]
 
 
 class DecodingStep:
     """One adapter in one block while it decodes.
 
     Args:
-        mixture: the adapter; all its sites are products.
-        router: its router.
-        with_router: whether the router reads what the q, k and v projections read.
+        mixtures: the adapter; all its sites are products.
+        routers: its routers by mixture.
         owned: sites whose output may be changed in place.
         dtype: of the hidden states.
     """
 
     def __init__(
-        self, mixture: Mixture, router: Router, *, with_router: bool, owned: frozenset[Site], dtype: torch.dtype
+        self, mixtures: BlockMixtures, routers: Mapping[str, Router], *, owned: frozenset[Site], dtype: torch.dtype
     ) -> None:
-        self.router = router
+        layout = mixtures.shared
         self.owned = owned
-        self.input_of = mixture.shared.input_of
-        self.inputs = mixture.shared.inputs
-        self.expert_reads = {name: read_matrix(shared.linears(), dtype) for name, shared in self.inputs.items()}
-        self.router_sizes: list[int] = []
-        if with_router:
-            experts = self.inputs[ATTENTION_INPUT].linears()
-            self.router_sizes = [sum(linear.out_features for linear in experts)]
-            weight, bias = self.router_read = read_matrix([*experts, *router.reads()], dtype)
-            rank = self.router_sizes[0]
-            self.expert_reads[ATTENTION_INPUT] = weight[:rank], None if bias is None else bias[:rank]
-            self.router_sizes += [linear.out_features for linear in router.reads()]
         self.dtype = dtype
-        self.writes = {site: columns(product.writes(), dtype).t() for site, product in mixture.products.items()}
-        spreads = [
-            shared.spread_matrix(dtype, self.expert_reads[name][0].device) for name, shared in self.inputs.items()
-        ]
-        self.spread = torch.cat(spreads, dim=1) if spreads else None
-        self.spread_sizes = [spread.shape[1] for spread in spreads]
-
-    def route(self, hidden: torch.Tensor) -> tuple[Routing, torch.Tensor]:
-        """The routing, and ``[B, R]`` what the experts of the q, k and v projections read.
-
-        Args:
-            hidden: ``[B, 1, D]``.
-        """
-        z, *products = F.linear(hidden, *self.router_read).split(self.router_sizes, dim=-1)
-        return self.router.route(products), z.reshape(-1, z.shape[-1])
-
-    def start(self, routing: Routing) -> "RunningStep":
-        """The step with its routing."""
-        weights = routing.weights.reshape(-1, routing.weights.shape[-1]).to(self.dtype)
-        scales = () if self.spread is None else (weights @ self.spread).split(self.spread_sizes, dim=-1)
-        return RunningStep(self, weights, dict(zip(self.inputs, scales)))
+        self.input_of = layout.input_of
+        self.router_at = layout.router_at
+        self.inputs = {name: _PackedInput(shared, routers, dtype) for name, shared in layout.inputs.items()}
+        for packed in self.inputs.values():
+            packed.at_site = any(mixtures.mixtures[name].is_at_site for name, _ in packed.routers)
+        self.writes = {site: columns(product.writes(), dtype).t() for site, product in mixtures.products.items()}
+        # What the block's router alone weighs gets its scales from one product.
+        together = [name for name, packed in self.inputs.items() if packed.shared.sources == (BLOCK,)]
+        self.together = tuple(together)
+        self.spread = torch.cat([self.inputs[name].spread for name in together], dim=1) if together else None
+        self.spread_sizes = [self.inputs[name].spread.shape[1] for name in together]
 
 
 class RunningStep:
@@ -72,32 +78,61 @@ class RunningStep:
 
     Args:
         step: what was prepared.
-        weights: ``[B, E]``.
-        scales: name of an input to ``[B, R]``, the scaled weights of what reads it.
+        routings: the routings of the call by mixture.
+        keep: hands a new routing to the layer, which also enters it in `routings`.
     """
 
-    def __init__(self, step: DecodingStep, weights: torch.Tensor, scales: dict[str, torch.Tensor]) -> None:
+    def __init__(self, step: DecodingStep, routings: Mapping[str, Routing], keep: KeepRouting) -> None:
         self.step = step
-        self.weights = weights
-        self.scales = scales
+        self.routings = routings
+        self.keep = keep
+        self.scales: dict[str, torch.Tensor] = {}
+        self.weights: torch.Tensor | None = None
         self.read: dict[str, tuple[torch.Tensor, dict[Site, torch.Tensor]]] = {}
 
-    def weigh(self, shared: SharedInput, x: torch.Tensor, z: torch.Tensor) -> dict[Site, torch.Tensor]:
-        """Keep the weighted inner activations of all sites that read `x`; `z` is what they read."""
-        inner = shared.by_site(shared.activated(z) * self.scales[shared.name], self.weights)
-        self.read[shared.name] = (x, inner)
+    def enter(self, name: str, x: torch.Tensor, *, with_block: bool = False) -> dict[Site, torch.Tensor]:
+        """The weighted inner activations of all sites that read `x`; routers that read it route.
+
+        Args:
+            name: what is read.
+            x: ``[B, 1, in]``.
+            with_block: whether `x` is what the router of the block, or of the MLP, reads.
+        """
+        packed = self.step.inputs[name]
+        flat = x.reshape(-1, x.shape[-1])
+        if packed.routers and (with_block or packed.at_site):
+            z, *products = F.linear(x, packed.weight, packed.bias).split(packed.sizes, dim=-1)
+            z = z.reshape(flat.shape[0], -1)
+            for (mixture, router), numbers in zip(packed.routers, packed.numbers):
+                own = [products[number] for number in numbers]
+                self.keep(mixture, router.route(own) if own else router(x))
+        else:
+            z = F.linear(flat, *packed.experts_only)
+        for mixture, router in packed.by_core:
+            self.keep(mixture, router(packed.shared.read_of(mixture, z).reshape(*x.shape[:-1], -1)))
+        scales, weights = self._scales(name, packed, z)
+        inner = packed.shared.by_site(z, scales, weights)
+        self.read[name] = (x, inner)
         return inner
+
+    def _scales(self, name: str, packed: _PackedInput, z: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        if name not in self.step.together:
+            weights = packed.shared.weights(self.routings, z)
+            return weights @ packed.spread, weights
+        if self.weights is None:
+            weights = self.routings[BLOCK].weights
+            self.weights = weights.reshape(-1, weights.shape[-1]).to(self.step.dtype)
+            assert self.step.spread is not None
+            pieces = (self.weights @ self.step.spread).split(self.step.spread_sizes, dim=-1)
+            self.scales = dict(zip(self.step.together, pieces))
+        return self.scales[name], self.weights
 
     def add(self, site: Site, x: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
         """`output` plus what the experts of a site make of `x`."""
         step = self.step
         name = step.input_of[site]
         held = self.read.get(name)
-        if held is not None and held[0] is x:
-            inner = held[1][site]
-        else:
-            z = F.linear(x.reshape(-1, x.shape[-1]), *step.expert_reads[name])
-            inner = self.weigh(step.inputs[name], x, z)[site]
+        inner = held[1][site] if held is not None and held[0] is x else self.enter(name, x)[site]
         width = output.shape[-1]
         if site in step.owned and output.dtype == inner.dtype:
             output.view(-1, width).addmm_(inner, step.writes[site])

@@ -1,34 +1,50 @@
 """The fused path of one block: shared products for the experts, and with them for the router.
 
 It is taken wherever nothing stands in its way, and the plain path (each expert's own forward) everywhere else; they
-are equal in value and gradient. `FusedPath.obstacles` tells which parts of a block take which, and why.
+are equal in value and gradient. `moa_peft.obstacles` tells which parts of a block take which, and why.
 """
 
 import copy
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
-from moa_peft.architectures import ATTENTION_INPUT
 from moa_peft.call import Call
-from moa_peft.decoding import DecodingStep
+from moa_peft.decoding import DecodingStep, RunningStep
+from moa_peft.experts import PromptExpert
 from moa_peft.functional import linear
 from moa_peft.initialization import MasterLinear
+from moa_peft.listeners import is_plain
 from moa_peft.mixture import Layout
-from moa_peft.mlp import MLP_SITE, MLPSite, install_fused_mlp, uninstall_fused_mlp
-from moa_peft.packed import columns, has_backward, is_transformed, read, read_matrix
-from moa_peft.plan import Site, submodule
-from moa_peft.products import SharedInput, add_product, has_global_hooks, is_plain
-from moa_peft.prompt_addition import PromptState, recomputed_with_prompts, with_prompts
+from moa_peft.mlp import MLPSite, install_fused_mlp, uninstall_fused_mlp
+from moa_peft.obstacles import owns_output, routing_obstacle
+from moa_peft.packed import by_layer, columns, has_backward, is_transformed, read, read_matrix
+from moa_peft.products import SharedInput, SiteProduct, add_product
+from moa_peft.prompt_addition import (
+    PromptState,
+    fold,
+    product_dtype,
+    recomputed_with_prompts,
+    summed_with_prompts,
+    with_prompts,
+)
 from moa_peft.routers import Router
-from moa_peft.routing import Routing
+from moa_peft.sites import Site, submodule
 
 if TYPE_CHECKING:
     from moa_peft.layer import MoALayer
 
-SWITCHED_OFF = "switched off"
+Held = tuple[torch.Tensor, dict[Site, torch.Tensor]]
+"""What was read, and the weighted inner activations of every site that reads it."""
+
+EMPTY: Mapping[MasterLinear, torch.Tensor] = {}
+
+GatedDown = Callable[[Sequence[torch.Tensor]], tuple[torch.Tensor, torch.Tensor | None]]
+"""Matrices that read the input of the down projection to its output, and to what they read."""
 
 SKIP_SHARE = {"cpu": 0.6}
 """By device: up to this share of tokens with a weight, a large site reads and adds to these alone. Measured with
@@ -46,12 +62,13 @@ class FusedPath:
 
     Attributes:
         enabled: False sends everything down the plain path.
+        mlp: the block's MLP where it is fused, or None.
     """
 
     def __init__(self, layer: "MoALayer") -> None:
         self.layer = layer
         self.enabled = True
-        self._mlp: nn.Module | None = None
+        self.mlp: nn.Module | None = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "FusedPath":
         # Together with its layer; see there.
@@ -72,36 +89,30 @@ class FusedPath:
         ]
         modules = [submodule(self.layer.get_base_layer(), name) for name in names if isinstance(name, str)]
         if len(modules) == len(names) and all(modules):
-            self._mlp = modules[0]
-            assert self._mlp is not None
-            install_fused_mlp(self._mlp, MLPSite(self, architecture))
+            self.mlp = modules[0]
+            assert self.mlp is not None
+            install_fused_mlp(self.mlp, MLPSite(self, architecture))
 
     def uninstall(self) -> None:
         """Give the MLP its own class back."""
-        if self._mlp is not None:
-            uninstall_fused_mlp(self._mlp)
+        if self.mlp is not None:
+            uninstall_fused_mlp(self.mlp)
 
     # Routing and sites
 
-    def route(self, call: Call, adapter_name: str, hidden: torch.Tensor) -> bool:
-        """Route together with the experts that read what the router reads; False where that is not possible."""
-        step = self._decoding_step(call, adapter_name, hidden)
-        if step is not None and step.router_sizes:
-            routing, z = step.route(hidden)
-            self.layer.keep_routing(call, adapter_name, routing)
-            running = call.steps[adapter_name] = step.start(routing)
-            running.weigh(step.inputs[ATTENTION_INPUT], hidden, z)
+    def route(self, call: Call, adapter_name: str, mixture: str, hidden: torch.Tensor) -> bool:
+        """Route the block's or the MLP's mixture together with the experts that read what its router reads; False
+        where that is not possible.
+        """
+        running = self._running_step(call, adapter_name, hidden)
+        if running is not None and mixture in running.step.router_at:
+            running.enter(running.step.router_at[mixture], hidden, with_block=True)
             return True
-        shared = self._layout(adapter_name, hidden).inputs.get(ATTENTION_INPUT)
-        if shared is None or self._routing_obstacle(adapter_name, shared):
+        layout = self.layout(adapter_name, hidden)
+        if routing_obstacle(self.layer, adapter_name, mixture, layout):
             return False
-        router = self._router(adapter_name)
-        experts, reads = shared.linears(), router.reads()
-        z = self._product(call, shared, [*experts, *reads], hidden)
-        z, *products = z.split([sum(_widths(experts)), *_widths(reads)], dim=-1)
-        routing = router.route(products)
-        self.layer.keep_routing(call, adapter_name, routing)
-        self._weight(call, adapter_name, shared, hidden, z, routing)
+        shared = layout.inputs[layout.router_at[mixture]]
+        self._enter(call, adapter_name, shared, hidden, (mixture, *self._routers_at(adapter_name, shared)))
         return True
 
     def add(
@@ -117,107 +128,172 @@ class FusedPath:
             x: ``[.., in]`` what the site reads.
             output: ``[.., out]``; it may be changed in place.
         """
-        mixture = self.layer.mixtures[adapter_name]
-        product = mixture.products.get(site)
+        product = self.layer.mixtures[adapter_name].products.get(site)
         if product is None or not self.enabled:
             return None
+        running = self._running_step(call, adapter_name, x)
+        if running is not None:
+            return running.add(site, x, output)
+        layout = self.layout(adapter_name, x)
+        shared = layout.read_by(site)
+        held = call.shared.get((adapter_name, shared.name))
+        in_place = owns_output(self.layer, module)
+        if held is None or not _same(held[0], x):
+            if shared.obstacle():
+                return None
+            if site in layout.alone:
+                self._route_at(call, adapter_name, shared, x)
+                gathered = self._add_gathered(call, adapter_name, shared, x, output, in_place=in_place)
+                if gathered is not None:
+                    return gathered
+            held = self._enter(call, adapter_name, shared, x, self._routers_at(adapter_name, shared))
+        return add_product(output, held[1][site], _writes(product, output), in_place=in_place)
+
+    def _add_gathered(
+        self,
+        call: Call,
+        adapter_name: str,
+        shared: SharedInput,
+        x: torch.Tensor,
+        output: torch.Tensor,
+        *,
+        in_place: bool,
+    ) -> torch.Tensor | None:
+        """`output` plus what every expert of one site makes of the tokens for which it has a weight; None where these
+        are so many that all tokens together are faster.
+        """
+        routings = call.routings[adapter_name]
+        reads = [(single, single.active_tokens(single.weights(routings, x))) for single in shared.singles]
+        kept = sum(len(index) * single.products[0].rank for single, index in reads)
+        tokens = x.numel() // x.shape[-1]
+        if kept > SKIP_SHARE[x.device.type] * tokens * shared.products[0].rank:
+            return None
+        read_x = F.dropout(x, shared.dropout) if shared.drops else x
+        for single, index in reads:
+            z = self._read(read_x, single.linears(), index)
+            weights = single.weights(routings, x).reshape(tokens, -1).index_select(0, index).to(z.dtype)
+            (product,) = single.products
+            inner = single.weighted(z, weights)[product.site]
+            output = add_product(output, inner, _writes(product, output), in_place=in_place, index=index)
+        return output
+
+    def _running_step(self, call: Call, adapter_name: str, x: torch.Tensor) -> RunningStep | None:
+        """The adapter's step in a forward over one more token; None where it has to be decided and packed anew."""
         running = call.steps.get(adapter_name)
         if running is None:
             step = self._decoding_step(call, adapter_name, x)
             if step is not None:
-                running = call.steps[adapter_name] = step.start(call.routings[adapter_name])
-        if running is not None:
-            return running.add(site, x, output)
-        layout = self._layout(adapter_name, x)
-        shared = layout.read_by(site)
-        held = call.shared.get((adapter_name, shared.name))
-        index = None
-        if held is None or not _same(held[0], x):
-            if shared.obstacle():
-                return None
-            routing = call.routings[adapter_name]
-            if site in layout.alone:
-                index = product.active_tokens(routing.weights)
-                if len(index) > SKIP_SHARE[x.device.type] * (x.numel() // x.shape[-1]):
-                    index = None
-            z = self._product(call, shared, shared.linears(), x, index)
-            held = self._weight(call, adapter_name, shared, x, z, routing, index)
-        parts = product.writes()
-        write = parts if has_backward() else columns(parts, output.dtype)
-        return add_product(output, held[1][site], write, in_place=self._owns_output(module), index=index)
+                keep = partial(self.layer.keep_routing, call, adapter_name)
+                running = call.steps[adapter_name] = RunningStep(step, call.routings[adapter_name], keep)
+        return running
 
     def _decoding_step(self, call: Call, adapter_name: str, x: torch.Tensor) -> DecodingStep | None:
         """The prepared step of a generation; None where there is none, or something stands in its way."""
         if not call.decoding or not self.enabled or torch.is_autocast_enabled(x.device.type):
             return None
-        mixture, router = self.layer.mixtures[adapter_name], self._router(adapter_name)
+        mixtures, routers = self.layer.mixtures[adapter_name], self.layer.routers(adapter_name)
+        if not mixtures.linears:
+            return None
 
         def make() -> DecodingStep | None:
-            sites = mixture.linear_sites
-            if not sites or len(sites) > len(mixture.products):
+            sites = mixtures.linear_sites
+            if not sites or len(sites) > len(mixtures.products):
                 return None
-            if any(shared.obstacle() for shared in mixture.shared.inputs.values()):
+            if any(shared.obstacle() or shared.drops for shared in mixtures.shared.inputs.values()):
                 return None
-            shared = mixture.shared.inputs.get(ATTENTION_INPUT)
-            with_router = self._routing_obstacle(adapter_name, shared) is None
+            layout = mixtures.shared
+            if any(routing_obstacle(self.layer, adapter_name, name, layout) for name in layout.router_at):
+                return None
             block = self.layer.get_base_layer()
-            owned = frozenset(site for site in sites if self._owns_output(block.get_submodule(site[1])))
-            return DecodingStep(mixture, router, with_router=with_router, owned=owned, dtype=x.dtype)
+            owned = frozenset(site for site in sites if owns_output(self.layer, block.get_submodule(site[1])))
+            return DecodingStep(mixtures, routers, owned=owned, dtype=x.dtype)
 
         key = ("step", adapter_name, self.layer.training, x.dtype)
-        witness = router.reads()[0].weight
-        return call.once_per_generation(key, witness, make, lambda: mixture.parameters(router))
+        return call.once_per_generation(key, mixtures.witness, make, lambda: mixtures.parameters(routers))
 
-    def _layout(self, adapter_name: str, x: torch.Tensor | None = None) -> Layout:
+    def layout(self, adapter_name: str, x: torch.Tensor | None = None) -> Layout:
         """Which sites share a product in this forward, or in one over many tokens like `x`."""
-        mixture = self.layer.mixtures[adapter_name]
-        if mixture.skipping is mixture.shared or torch.compiler.is_compiling() or is_transformed():
-            return mixture.shared
+        mixtures = self.layer.mixtures[adapter_name]
+        if mixtures.skipping is mixtures.shared or torch.compiler.is_compiling() or is_transformed():
+            return mixtures.shared
         if x is not None and type(x) is not torch.Tensor:
-            return mixture.shared
+            return mixtures.shared
         if x is not None and (x.device.type not in SKIP_SHARE or x.numel() < SKIP_TOKENS * x.shape[-1]):
-            return mixture.shared
-        skips = self._router(adapter_name).may_skip(with_gradient=torch.is_grad_enabled())
-        return mixture.skipping if skips else mixture.shared
+            return mixtures.shared
+        routers = self.layer.routers(adapter_name).values()
+        skips = all(router.may_skip(with_gradient=torch.is_grad_enabled()) for router in routers)
+        return mixtures.skipping if skips else mixtures.shared
 
-    def _product(
-        self,
-        call: Call,
-        shared: SharedInput,
-        linears: Sequence[MasterLinear],
-        x: torch.Tensor,
-        index: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        if has_backward():
-            return read(x, linears, index)
-        if index is not None:
-            x = x.reshape(-1, x.shape[-1]).index_select(0, index)
-        return linear(x, *read_matrix(linears, x.dtype))
+    def _routers_at(self, adapter_name: str, shared: SharedInput) -> tuple[str, ...]:
+        """The routers that read a shared input because their site does."""
+        mixtures = self.layer.mixtures[adapter_name].mixtures
+        return tuple(name for name in shared.routers if mixtures[name].is_at_site)
 
-    def _weight(
+    def _route_at(self, call: Call, adapter_name: str, shared: SharedInput, x: torch.Tensor) -> None:
+        """Route the mixtures whose routers read a shared input at their site, before their experts read it."""
+        for name in self._routers_at(adapter_name, shared):
+            router = self.layer.routers(adapter_name)[name]
+            self.layer.keep_routing(call, adapter_name, name, router(x))
+            call.routed_from[adapter_name, name] = x
+
+    def _enter(
+        self, call: Call, adapter_name: str, shared: SharedInput, x: torch.Tensor, routed: Sequence[str]
+    ) -> Held:
+        """What the experts at a shared input read and weigh.
+
+        Args:
+            call: the running call.
+            adapter_name: whose experts.
+            shared: the sites that read `x`.
+            x: ``[.., in]``.
+            routed: the mixtures whose routers read `x`; those that have done so do not again.
+        """
+        routers = self.layer.routers(adapter_name)
+        pending = [name for name in routed if call.routed_from.get((adapter_name, name)) is not x]
+        router_reads = [(name, routers[name], routers[name].reads()) for name in pending]
+        linears = shared.linears()
+        read_x = F.dropout(x, shared.dropout) if shared.drops else x
+        reads = list(dict.fromkeys(linear for _, _, own in router_reads for linear in own))
+        if read_x is x and reads:
+            rank = sum(linear.out_features for linear in linears)
+            product = self._read(x, [*linears, *reads])
+            z, product = product.split([rank, product.shape[-1] - rank], dim=-1)
+        else:
+            z = self._read(read_x, linears)
+            product = self._read(x, reads) if reads else z
+        products = by_layer(product, reads) if reads else {}
+        return self._weigh(call, adapter_name, shared, x, z, router_reads, products)
+
+    def _weigh(
         self,
         call: Call,
         adapter_name: str,
         shared: SharedInput,
         x: torch.Tensor,
         z: torch.Tensor,
-        routing: Routing,
-        index: torch.Tensor | None = None,
-    ) -> tuple[torch.Tensor, dict[Site, torch.Tensor]]:
-        weights = routing.weights
-        if index is not None:
-            weights = weights.reshape(-1, weights.shape[-1]).index_select(0, index)
-        elif weights.dim() != z.dim():
-            weights = weights.reshape(*z.shape[:-1], weights.shape[-1])
-        held = (x, shared.weighted(z, weights))
-        if index is None:
-            call.shared[adapter_name, shared.name] = held
+        router_reads: Sequence[tuple[str, Router, list[MasterLinear]]] = (),
+        products: Mapping[MasterLinear, torch.Tensor] = EMPTY,
+    ) -> Held:
+        """The rest of `_enter`: `z` is what the experts read from `x`, `products` what the routers did."""
+        for name, router, own in router_reads:
+            routing = router.route([products[linear] for linear in own]) if own else router(x)
+            self.layer.keep_routing(call, adapter_name, name, routing)
+            call.routed_from[adapter_name, name] = x
+        for name in shared.routed_by_core:
+            routing = self.layer.routers(adapter_name)[name](shared.read_of(name, z))
+            self.layer.keep_routing(call, adapter_name, name, routing)
+        weights = shared.weights(call.routings[adapter_name], z)
+        held = call.shared[adapter_name, shared.name] = (x, shared.weighted(z, weights))
         return held
 
-    def _router(self, adapter_name: str) -> Router:
-        router = self.layer.moa_router[adapter_name]
-        assert isinstance(router, Router)
-        return router
+    def _read(
+        self, x: torch.Tensor, linears: Sequence[MasterLinear], index: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        if has_backward():
+            return read(x, linears, index)
+        if index is not None:
+            x = x.reshape(-1, x.shape[-1]).index_select(0, index)
+        return linear(x, *read_matrix(linears, x.dtype))
 
     # Attention
 
@@ -227,121 +303,81 @@ class FusedPath:
         """What attention returned plus its prompt experts; see `moa_peft.prompt_addition` for the arguments."""
         call = self.layer.calls.current()
         listened = not all(isinstance(state.expert, nn.Module) and is_plain(state.expert) for state in states)
-        if call is None or not self.enabled or not has_backward() or listened:
+        if call is None or not self.enabled or listened or torch.compiler.is_compiling() or is_transformed():
             return with_prompts(attended, query, states, scaling)
+        if not torch.is_grad_enabled():
+            if not all(type(state.expert) is PromptExpert for state in states):
+                return with_prompts(attended, query, states, scaling)
+            prompts = [(*self._folded(call, state, query, scaling), state.weight_BT1) for state in states]
+            return summed_with_prompts(attended, query, prompts)
         path = self.layer.architecture.roles.get("o", "")
-        name, *others = call.routings
-        mixture = self.layer.mixtures[name]
-        product = None if others or not attended.is_contiguous() else mixture.products.get((path, path))
-        layout = self._layout(name, attended.flatten(-2))
-        if product is None or product.obstacle() or product.read_biased or product.site in layout.alone:
+        name, *others = call.running
+        product = self.layer.mixtures[name].products.get((path, path))
+        layout = self.layout(name, attended.flatten(-2))
+        if product is None or others or product.obstacle() or product.read_biased or product.drops:
             return recomputed_with_prompts(attended, query, states, scaling, [])[0]
         shared = layout.read_by(product.site)
+        routed_here = shared.routers or shared.routed_by_core
+        if routed_here or not attended.is_contiguous() or product.site in layout.alone:
+            return recomputed_with_prompts(attended, query, states, scaling, [])[0]
         reads = [module.weight for module in shared.linears()]
         total, z = recomputed_with_prompts(attended, query, states, scaling, reads)
         assert z is not None
-        self._weight(call, name, shared, total, z, call.routings[name])
+        self._weigh(call, name, shared, total, z)
         return total
+
+    def _folded(
+        self, call: Call, state: PromptState, query: torch.Tensor, scaling: float
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """`fold`, once per generation: keys and values are made anew when the embedding changes."""
+        gate: torch.Tensor = state.expert.gate  # type: ignore[attr-defined]
+        dtype = product_dtype(query)
+        return call.once_per_generation(
+            ("folded prompt", id(gate), dtype, scaling),
+            state.key_HPK,
+            lambda: fold(state.key_HPK, state.value_HPK, gate, scaling, dtype),
+            lambda: [gate, state.key_HPK, state.value_HPK],
+        )
 
     # The MLP
 
-    def mlp_obstacle(self, site: Site, down: nn.Module, adapter_names: Iterable[str]) -> str | None:
-        """Why the MLP takes the model's own forward while these adapters act; None where it is fused."""
-        if not self.enabled:
-            return SWITCHED_OFF
-        if not self.listens_alone(down):
-            return "another hook listens to the down projection"
-        for name in adapter_names:
-            mixture = self.layer.mixtures[name]
-            if mixture.at(site):
-                product = mixture.products.get(site)
-                if product is None or product.biased or product.read_biased or product.activated:
-                    return "an expert of the down projection is no plain product of two matrices"
-                if product.obstacle():
-                    return product.obstacle()
-        return None
+    def add_down(self, call: Call, site: Site, gated_down: GatedDown) -> torch.Tensor:
+        """The output of a fused MLP plus what the experts of its down projection add.
 
-    def down_factors(
-        self, call: Call, site: Site, dtype: torch.dtype
-    ) -> tuple[list[torch.Tensor], list[torch.Tensor], torch.Tensor | None]:
-        """The experts of the down projection, as the last three arguments of `moa_peft.glu.gated_down`."""
-        reads: list[torch.Tensor] = []
-        writes: list[torch.Tensor] = []
-        scales = []
-        for name, routing in call.routings.items():
-            mixture = self.layer.mixtures[name]
-            if site in mixture.products:
-                shared = mixture.shared.read_by(site)
-                reads += [module.weight for module in shared.linears()]
-                writes += mixture.products[site].writes()
-                scales.append(shared.spread(routing.weights.to(dtype)))
-        if not scales:
-            return [], [], None
-        return reads, writes, scales[0] if len(scales) == 1 else torch.cat(scales, dim=-1)
+        Args:
+            call: the running call.
+            site: the down projection.
+            gated_down: `moa_peft.glu.gated_down`, but for the matrices that read what the down projection reads.
+        """
+        reading = []
+        for name in call.running:
+            mixtures = self.layer.mixtures[name]
+            if site in mixtures.products:
+                shared = mixtures.shared.read_by(site)
+                routers = [(n, self.layer.routers(name)[n]) for n in self._routers_at(name, shared)]
+                router_reads = [(n, router, router.reads()) for n, router in routers]
+                reading.append((name, mixtures.products[site], shared, router_reads))
+        linears = [linear for _, _, shared, _ in reading for linear in shared.linears()]
+        linears += [linear for *_, router_reads in reading for *_, own in router_reads for linear in own]
+        linears = list(dict.fromkeys(linears))
+        output, read_h = gated_down([linear.weight for linear in linears])
+        if read_h is None:
+            return output
+        bias = read_matrix(linears, read_h.dtype)[1]
+        read_h = read_h if bias is None else read_h + bias
+        products = by_layer(read_h, linears)
+        for name, product, shared, router_reads in reading:
+            pieces = [products[linear] for linear in shared.linears()]
+            z = pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=-1)
+            held = self._weigh(call, name, shared, output, z, router_reads, products)
+            output = add_product(output, held[1][product.site], product.writes(), in_place=True)
+        return output
 
-    # What stands in the way
 
-    def obstacles(self, adapter_name: str) -> dict[str, str | None]:
-        """The parts of one adapter in this block, and why each takes the plain path; None where it takes this one."""
-        mixture = self.layer.mixtures[adapter_name]
-        together = self._layout(adapter_name).inputs.get(ATTENTION_INPUT)
-        found: dict[str, str | None] = {"router": self._routing_obstacle(adapter_name, together)}
-        for slot in mixture.slots:
-            if slot.expert_type == "prompt":
-                expert = self.layer.moa_experts[adapter_name].get_submodule(slot.name)
-                listened = None if is_plain(expert) else "a hook listens to the expert"
-                found[slot.name] = listened if self.enabled else SWITCHED_OFF
-            elif slot.modules not in mixture.products:
-                found[slot.name] = "experts of its site are no products of two linear layers"
-            else:
-                shared = self._layout(adapter_name).read_by(slot.modules)
-                found[slot.name] = shared.obstacle() if self.enabled else SWITCHED_OFF
-        site = None if self._mlp is None else self._mlp.__dict__[MLP_SITE]
-        found["mlp"] = "it is not down(act(gate) * up)" if site is None else site.obstacle([adapter_name])
-        return found
-
-    def skipping(self, adapter_name: str) -> frozenset[str]:
-        """Names of the experts that leave out tokens without a weight, where these are many enough."""
-        mixture = self.layer.mixtures[adapter_name]
-        alone = self._layout(adapter_name).alone if self.enabled else frozenset()
-        site = None if self._mlp is None else self._mlp.__dict__[MLP_SITE]
-        if site is not None and torch.is_grad_enabled() and site.obstacle([adapter_name]) is None:
-            # The fused MLP reads and adds to every token.
-            alone -= {site.down_site}
-        obstacles = self.obstacles(adapter_name)
-        return frozenset(s.name for s in mixture.slots if s.modules in alone and obstacles[s.name] is None)
-
-    def _routing_obstacle(self, adapter_name: str, shared: SharedInput | None) -> str | None:
-        mixture = self.layer.mixtures[adapter_name]
-        if not self.enabled:
-            return SWITCHED_OFF
-        normed = mixture.router_input == "normed" and self.layer.norm_name is not None
-        if not normed or mixture.granularity != "token" or shared is None:
-            return "it reads something that no expert reads"
-        router = self._router(adapter_name)
-        if not (is_plain(router) and all(is_plain(module) for module in router.reads())):
-            return "a hook listens to the router, or keeps its weights elsewhere"
-        return shared.obstacle()
-
-    def _owns_output(self, module: nn.Module) -> bool:
-        """Whether a module's output is a fresh tensor that nobody else has seen."""
-        site = module.__dict__.get(MLP_SITE)
-        if site is not None and not self._owns_output(site.parts()[-1]):
-            # An MLP returns what its down projection returned.
-            return False
-        return (type(module) is nn.Linear or site is not None) and self.listens_alone(module)
-
-    def listens_alone(self, module: nn.Module) -> bool:
-        """Whether no hook but this layer's listens to a module of the block."""
-        own = module.__dict__
-        if has_global_hooks() or own["_backward_hooks"] or own["_backward_pre_hooks"]:
-            return False
-        if "_hf_hook" in own or "forward" in own:
-            return False
-        return all(
-            getattr(getattr(hook, "func", hook), "__self__", None) is self.layer
-            for hook in (*own["_forward_hooks"].values(), *own["_forward_pre_hooks"].values())
-        )
+def _writes(product: SiteProduct, output: torch.Tensor) -> torch.Tensor | Sequence[torch.Tensor]:
+    """What a site's experts write with: the parts, or, where our own backward passes serve nobody, their matrix."""
+    parts = product.writes()
+    return parts if has_backward() else columns(parts, output.dtype)
 
 
 def _same(read: torch.Tensor, x: torch.Tensor) -> bool:
@@ -353,7 +389,3 @@ def _same(read: torch.Tensor, x: torch.Tensor) -> bool:
     if read.dtype != x.dtype or read.requires_grad != x.requires_grad:
         return False
     return read.data_ptr() == x.data_ptr() and read.is_contiguous() and x.is_contiguous()
-
-
-def _widths(linears: Sequence[MasterLinear]) -> list[int]:
-    return [module.out_features for module in linears]

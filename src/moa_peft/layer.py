@@ -11,7 +11,7 @@ one of `moa_peft.fused_path`.
 import copy
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -19,16 +19,20 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from moa_peft.architectures import Architecture
+from moa_peft.auxiliary import Auxiliary
 from moa_peft.call import Call, Calls
 from moa_peft.config import MoAConfig
-from moa_peft.experts import EXPERTS, PromptExpert
+from moa_peft.errors import UserError
+from moa_peft.experts import EXPERTS, MlpLoraExpert, PromptExpert
 from moa_peft.fused_path import FusedPath
-from moa_peft.mixture import Mixture
-from moa_peft.plan import Site, Slot, norm_name, submodule
+from moa_peft.losses import parse_losses
+from moa_peft.mixture import BlockMixtures, Mixture, make_routers
+from moa_peft.plan import norm_name
 from moa_peft.pooling import Pooling, route_sequences
 from moa_peft.prompt_attention import PROMPT_SITE, PromptSite
-from moa_peft.routers import ROUTERS, Router
+from moa_peft.routers import Router
 from moa_peft.routing import Routing
+from moa_peft.sites import BLOCK, MLP, UNROUTED, Site, Slot, submodule
 
 
 class MoALayer(nn.Module, BaseTunerLayer):
@@ -41,20 +45,21 @@ class MoALayer(nn.Module, BaseTunerLayer):
 
     # Saving and loading rely on these names: one path component with the prefix, directly before the adapter's name.
     adapter_layer_names = ("moa_router", "moa_experts")
-    other_param_names = ("mixtures",)
+    other_param_names = ("mixtures", "auxiliary")
 
     def __init__(self, block: nn.Module, architecture: Architecture) -> None:
         super().__init__()
         self.moa_router = nn.ModuleDict()  # adapter name -> router
         self.moa_experts = nn.ModuleDict()  # adapter name -> expert name -> expert
-        self.mixtures: dict[str, Mixture] = {}
+        self.mixtures: dict[str, BlockMixtures] = {}
         self.architecture = architecture
         self.norm_name = norm_name(architecture, block)
         # Outside the registry of children: the block owns this layer, not the other way round.
         vars(self)["block"] = block
+        self.auxiliary = Auxiliary()
         self.calls = Calls()
         self.fused_path = FusedPath(self)
-        self.recorder: Callable[[str, Routing], None] | None = None
+        self.recorder: Callable[[str, str, Routing], None] | None = None
         self._handles: dict[tuple[str, str, str], Any] = {}
         if self.norm_name is not None:
             self._hook("norm", self.norm_name, self.norm_name)
@@ -73,22 +78,33 @@ class MoALayer(nn.Module, BaseTunerLayer):
 
     def add_mixture(self, adapter_name: str, config: MoAConfig, slots: tuple[Slot, ...], hidden_size: int) -> None:
         """Create the router and the experts of one adapter, with their initial weights."""
-        assert config.router is not None
-        router_class = ROUTERS[config.router["type"]]
-        router = router_class(hidden_size, len(slots), config.router_options())
-        router.reset_parameters(config.init)
+        routers = make_routers(config, slots, hidden_size)
         experts = nn.ModuleDict()
         for slot in slots:
-            expert = EXPERTS[slot.expert_type](slot.shape, slot.options)
+            expert = experts[slot.name] = slot.expert()
             expert.reset_parameters(config.init)
-            experts[slot.name] = expert
-        self.moa_router[adapter_name] = router
+        self.moa_router[adapter_name] = routers
         self.moa_experts[adapter_name] = experts
-        self.mixtures[adapter_name] = Mixture.of(config, slots, experts, self.architecture)
+        self.mixtures[adapter_name] = BlockMixtures.of(config, slots, experts, self.architecture)
+        for mixture, router in self.routers(adapter_name).items():
+            router.reset_parameters(config.init)
+            self.auxiliary.add(adapter_name, mixture, parse_losses(config.losses), reduce=config.aux_reduce)
         self._move_adapter_to_device_of_base_layer(adapter_name)
         for slot in slots:
             self._hook(EXPERTS[slot.expert_type].site_kind, *slot.modules)
+        if MLP in self.mixtures[adapter_name].mixtures:
+            mlp = self.architecture.mlp
+            first = mlp[0] if isinstance(mlp, list) else mlp
+            assert first is not None
+            self._hook("mlp router", first, first)
         self.set_adapter(self.active_adapters)
+
+    def routers(self, adapter_name: str) -> dict[str, Router]:
+        """The routers of one adapter by the names of their mixtures."""
+        routers = self.moa_router[adapter_name]
+        if isinstance(routers, Router):
+            return {BLOCK: routers}
+        return dict(routers.items())  # type: ignore[operator]
 
     def get_base_layer(self) -> nn.Module:
         """The block (PEFT asks for the device and dtype of its weights)."""
@@ -110,9 +126,10 @@ class MoALayer(nn.Module, BaseTunerLayer):
 
     def _freeze_non_trainable_peft_weights(self, adapter_names: Any = None) -> None:
         # PEFT calls this after whatever may have made all adapter weights trainable.
-        for router in self.moa_router.values():
-            for parameter in router.frozen_parameters():  # type: ignore[operator]
-                parameter.requires_grad_(False)
+        for adapter_name in self.moa_router:
+            for router in self.routers(adapter_name).values():
+                for parameter in router.frozen_parameters():
+                    parameter.requires_grad_(False)
 
     def enable_adapters(self, enabled: bool) -> None:
         """Switch every mixture of the block on or off; off, the block computes what the base model does, bitwise."""
@@ -136,51 +153,65 @@ class MoALayer(nn.Module, BaseTunerLayer):
         """Whether an active mixture routes whole sequences."""
         return any(self.mixtures[name].granularity == "sequence" for name in self._running())
 
-    def start(self, hidden: torch.Tensor, cache: Any, pooling: Pooling | None) -> None:
+    def wants_token_mask(self) -> bool:
+        """Whether an active mixture has auxiliary losses, which leave out padding."""
+        return self.auxiliary.has_losses(self._running())
+
+    def start(self, hidden: torch.Tensor, cache: Any, *, pooling: Pooling | None, tokens: torch.Tensor | None) -> None:
         """Called when the block starts: route from the residual stream where that is the router's input.
 
         Args:
             hidden: ``[B, T, D]`` input of the block.
             cache: key-value cache of the call, or None.
             pooling: what mixtures of sequence granularity pool over, or None.
+            tokens: ``[B, T]`` bool, the tokens that are no padding, or None.
         """
         eager = not torch.is_grad_enabled() and not torch.compiler.is_compiling()
-        call = Call(id(self), cache, pooling, decoding=eager and cache is not None and hidden.shape[1] == 1)
+        decoding = eager and cache is not None and hidden.shape[1] == 1
+        running = tuple(self._running())
+        if tokens is None and self.training and torch.is_grad_enabled() and self.auxiliary.has_losses(running):
+            raise UserError(
+                "Auxiliary losses: the block was called without the tokens that are no padding. Call the whole model; "
+                "a family that does not hand unknown arguments to its blocks cannot be used with losses."
+            )
+        call = Call(id(self), cache, pooling, tokens, decoding=decoding, running=running)
         self.calls.start(call)
-        for name in self._running():
-            mixture = self.mixtures[name]
-            if mixture.router_input == "residual":
-                self._route(call, name, hidden)
+        for name in call.running:
+            mixtures = self.mixtures[name]
+            if BLOCK not in mixtures.mixtures:
+                continue
+            if mixtures.router_input == "residual":
+                self._route(call, name, BLOCK, hidden)
             elif self.norm_name is None:
                 # A family without a norm before attention: a norm without parameters keeps the scale over depth.
-                self._route(call, name, F.rms_norm(hidden, (hidden.shape[-1],)))
+                self._route(call, name, BLOCK, F.rms_norm(hidden, (hidden.shape[-1],)))
 
     def finish(self) -> None:
         """Called when the block ends, however it ends: nothing of the call is kept."""
         self.calls.finish()
 
-    def _route(self, call: Call, adapter_name: str, hidden: torch.Tensor) -> None:
-        router = self.moa_router[adapter_name]
-        assert isinstance(router, Router)
+    def _route(self, call: Call, adapter_name: str, mixture: str, hidden: torch.Tensor) -> None:
+        router = self.routers(adapter_name)[mixture]
         if self.mixtures[adapter_name].granularity == "sequence":
             key = (id(self), adapter_name)
             routing = route_sequences(router, hidden, call.pooling, call.cache, key)
         else:
             routing = router(hidden)
-        self.keep_routing(call, adapter_name, routing)
+        self.keep_routing(call, adapter_name, mixture, routing)
 
-    def keep_routing(self, call: Call, adapter_name: str, routing: Routing) -> None:
-        """Keep a routing for the sites of the block, and hand it to who records."""
-        call.routings[adapter_name] = routing
+    def keep_routing(self, call: Call, adapter_name: str, mixture: str, routing: Routing) -> None:
+        """Keep a routing for the sites of the block, with its auxiliary losses, and hand it to who records."""
+        routing = self.auxiliary.attach(adapter_name, mixture, routing, call.tokens, training=self.training)
+        call.routings[adapter_name][mixture] = routing
         if self.recorder is not None:
-            self.recorder(adapter_name, routing)
+            self.recorder(adapter_name, mixture, routing)
 
     def check_prompt_ran(self) -> None:
         """Raise if a prompt expert should have acted and did not, instead of training without it."""
         call = self.calls.current()
         if call is None or call.prompt_ran:
             return
-        if any(slot.expert_type == "prompt" for name in call.routings for slot in self.mixtures[name].slots):
+        if any(slot.expert_type == "prompt" for name in call.running for slot in self.mixtures[name].slots):
             attention = submodule(vars(self)["block"], self.architecture.attention)
             implementation = getattr(getattr(attention, "config", None), "_attn_implementation", "unknown")
             raise RuntimeError(
@@ -199,8 +230,13 @@ class MoALayer(nn.Module, BaseTunerLayer):
         assert source is not None and target is not None
         if kind == "norm":
             handle: Any = target.register_forward_hook(self._after_norm)
+        elif kind == "mlp router":
+            handle = target.register_forward_pre_hook(self._before_mlp, with_kwargs=True)
         elif kind == "attention":
             target.__dict__[PROMPT_SITE] = PromptSite(self, self.architecture)
+            handle = None
+        elif kind == "gated_mlp":
+            # The MLP asks for these experts itself.
             handle = None
         else:
             if source is not target:
@@ -217,7 +253,7 @@ class MoALayer(nn.Module, BaseTunerLayer):
                 attention = submodule(vars(self)["block"], adds_to)
                 assert attention is not None
                 attention.__dict__.pop(PROMPT_SITE, None)
-            else:
+            elif handle is not None:
                 handle.remove()
         self._handles = {}
 
@@ -225,52 +261,122 @@ class MoALayer(nn.Module, BaseTunerLayer):
         call = self.calls.current()
         if call is None:
             return
-        for name in self._running():
-            wanted = self.mixtures[name].router_input == "normed" and name not in call.routings
-            if wanted and not self.fused_path.route(call, name, output):
-                self._route(call, name, output)
+        for name in call.running:
+            mixtures = self.mixtures[name]
+            wanted = BLOCK in mixtures.mixtures and mixtures.router_input == "normed"
+            if wanted and BLOCK not in call.routings[name] and not self.fused_path.route(call, name, BLOCK, output):
+                self._route(call, name, BLOCK, output)
+
+    def _before_mlp(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        call = self.calls.current()
+        if call is None:
+            return
+        x = args[0] if args else next(iter(kwargs.values()))
+        for name in call.running:
+            if MLP in self.mixtures[name].mixtures and not self.fused_path.route(call, name, MLP, x):
+                self._route(call, name, MLP, x)
 
     def _keep_input(self, site: Site, module: nn.Module, args: tuple[Any, ...]) -> None:
         call = self.calls.current()
-        if call is not None and call.routings:
+        if call is not None and call.running:
             call.inputs[site] = args[0]
 
     def _after_site(
         self, site: Site, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
     ) -> Any:
         call = self.calls.current()
-        if call is None or not call.routings:
+        if call is None or not call.running:
             return None
         x = call.inputs.pop(site, None)
         if x is None:
             x = args[0] if args else next(iter(kwargs.values()))
         result = output[0] if isinstance(output, tuple) else output
-        for name, routing in call.routings.items():
+        for name in call.running:
             fused = self.fused_path.add(call, name, site, module, x, result)
-            result = self._add_plainly(name, site, x, result, routing) if fused is None else fused
+            result = self._add_plainly(call, name, site, x, result) if fused is None else fused
         return (result, *output[1:]) if isinstance(output, tuple) else result
 
     def _add_plainly(
-        self, adapter_name: str, site: Site, x: torch.Tensor, result: torch.Tensor, routing: Routing
+        self, call: Call, adapter_name: str, site: Site, x: torch.Tensor, result: torch.Tensor
     ) -> torch.Tensor:
-        experts = self.moa_experts[adapter_name]
-        for column, slot in self.mixtures[adapter_name].at(site):
-            delta = experts.get_submodule(slot.name)(x, routing.weight_of(column, like=x))
-            result = result + delta.to(result.dtype)
+        for mixture, columns, slot in self.mixtures[adapter_name].at(site):
+            expert: nn.Module = self.moa_experts[adapter_name].get_submodule(slot.name)
+            weight = self._weight(call, adapter_name, mixture, columns, x, expert)
+            result = result + expert(x, weight).to(result.dtype)
         return result
 
-    def prompt_slots(self) -> list[tuple[PromptExpert, torch.Tensor]]:
-        """The prompt experts that act in this forward, with their routing weights ``[B, T, 1]``."""
+    def _weight(
+        self,
+        call: Call,
+        adapter_name: str,
+        mixture: Mixture,
+        columns: tuple[int, ...],
+        x: torch.Tensor,
+        expert: nn.Module,
+    ) -> torch.Tensor:
+        """``[.., n]`` routing weights of one expert for what its site reads; a router at the site routes first."""
+        if mixture.name == UNROUTED:
+            return x.new_ones(*x.shape[:-1], len(columns))
+        key = (adapter_name, mixture.name)
+        if mixture.is_at_site and call.routed_from.get(key) is not x:
+            read = expert.lora_A(x) if self.mixtures[adapter_name].router_input == "core" else x  # type: ignore
+            self._route(call, adapter_name, mixture.name, read)
+            call.routed_from[key] = x
+        return self._routing(call, adapter_name, mixture.name).weight_of(columns, like=x)
+
+    def _routing(self, call: Call, adapter_name: str, mixture: str) -> Routing:
+        routing = call.routings[adapter_name].get(mixture)
+        if routing is None:
+            raise RuntimeError(
+                f"The router of mixture {mixture!r} (adapter {adapter_name!r}) has not run: its experts are called "
+                f"before the module whose input or output it reads ({self.norm_name!r}). Describe this model's "
+                "modules with MoAConfig(architecture=...), or use router_input='residual'."
+            )
+        return routing
+
+    def gated_experts(self, call: Call) -> list["GatedExpert"]:
+        """The experts that act inside the MLP in this forward."""
+        found = []
+        for name in call.running:
+            for mixture, columns, slot in self.mixtures[name].gated:
+                expert = self.moa_experts[name].get_submodule(slot.name)
+                assert isinstance(expert, MlpLoraExpert)
+                router = self.routers(name)[mixture.name]
+                weights = self._routing(call, name, mixture.name).weights[..., columns[0] : columns[-1] + 1]
+                found.append(GatedExpert(expert, weights, router.may_skip(with_gradient=torch.is_grad_enabled())))
+        return found
+
+    def prompt_slots(self) -> list[tuple[PromptExpert, torch.Tensor | None]]:
+        """The prompt experts that act in this forward, with their routing weights ``[B, T, 1]``; None is 1."""
         call = self.calls.current()
         if call is None:
             return []
         found = []
-        for name, routing in call.routings.items():
-            for column, slot in enumerate(self.mixtures[name].slots):
-                if slot.expert_type == "prompt":
-                    expert = self.moa_experts[name].get_submodule(slot.name)
-                    found.append((expert, routing.weights[..., column : column + 1]))
+        for name in call.running:
+            for mixture in self.mixtures[name].mixtures.values():
+                for slot, columns in zip(mixture.slots, mixture.columns):
+                    if slot.expert_type == "prompt":
+                        expert = self.moa_experts[name].get_submodule(slot.name)
+                        if mixture.name == UNROUTED:
+                            found.append((expert, None))
+                        else:
+                            weights = self._routing(call, name, mixture.name).weights
+                            found.append((expert, weights[..., columns[0] : columns[0] + 1]))
         return found
+
+
+class GatedExpert(NamedTuple):
+    """An expert inside the MLP in one forward.
+
+    Attributes:
+        expert: the expert.
+        weights: ``[.., n]`` its routing weights.
+        skips: whether it may leave out tokens without a weight.
+    """
+
+    expert: MlpLoraExpert
+    weights: torch.Tensor
+    skips: bool
 
 
 def _execution_device(block: nn.Module) -> torch.device | None:

@@ -1,27 +1,34 @@
-"""The MLP of a block on the fused path: its class is swapped for a subclass that keeps less for the backward pass.
+"""The MLP of a block: its class is swapped for a subclass that keeps less for the backward pass on the fused path, and
+on either path serves the experts that act inside it.
 
 Only where the architecture says that the MLP is ``down(act(gate(x)) * up(x))`` and nothing else; everything else goes
 to the model's own forward. Without a gradient it saves the memory of one activation as wide as the MLP.
 """
 
 import functools
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from moa_peft.architectures import Architecture
 from moa_peft.glu import derivative_of, gated_down
-from moa_peft.packed import is_transformed
-from moa_peft.products import is_plain
+from moa_peft.listeners import is_plain, listens_alone
+from moa_peft.packed import has_backward, is_transformed
 from moa_peft.swapped_class import restore_class, swap_class, swapped_class
 
 if TYPE_CHECKING:
     from moa_peft.fused_path import FusedPath
+    from moa_peft.layer import GatedExpert
 
 MLP_SITE = "moa_mlp_site"
 """Key in the ``__dict__`` of an MLP; a plain entry is no child module, so state dicts do not see it."""
+
+
+SWITCHED_OFF = "switched off"
 
 
 class MLPSite:
@@ -55,12 +62,34 @@ class MLPSite:
             return "the down projection itself is trained"
         if not is_plain(activation):
             return "a hook listens to the activation"
-        return self.path.mlp_obstacle(self.down_site, down, adapter_names)
+        if not self.path.enabled:
+            return SWITCHED_OFF
+        if not listens_alone(self.path.layer, down):
+            return "another hook listens to the down projection"
+        return next(filter(None, map(self._experts_obstacle, adapter_names)), None)
+
+    def _experts_obstacle(self, adapter_name: str) -> str | None:
+        mixtures = self.path.layer.mixtures[adapter_name]
+        if not mixtures.at(self.down_site):
+            return None
+        product = mixtures.products.get(self.down_site)
+        if product is None or not product.is_linear or product.read_biased:
+            return "an expert of the down projection is no plain product of two matrices"
+        if product.drops:
+            return "an expert of the down projection drops elements of its input (dropout, in training)"
+        return mixtures.shared.read_by(self.down_site).obstacle()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor | None:
         """The MLP's output for ``[.., D]``; None where the model's own forward has to make it."""
         call = self.path.layer.calls.current()
-        if call is None or call.decoding or not call.routings or self.obstacle(call.routings) is not None:
+        if call is None or not call.running:
+            return None
+        inside = self.path.layer.gated_experts(call)
+        if inside:
+            return self._with_experts(x, inside)
+        if torch.compiler.is_compiling() or is_transformed():
+            return None
+        if call.decoding or self.obstacle(call.running) is not None:
             return None
         gate_layer, up_layer, activation, down = self.parts()
         assert isinstance(down, nn.Linear)
@@ -70,8 +99,27 @@ class MLPSite:
             return down(h * up if h is gate else h.mul_(up))
         if gate.dtype != down.weight.dtype or not (gate.requires_grad or up.requires_grad):
             return down(activation(gate) * up)
-        experts = self.path.down_factors(call, self.down_site, gate.dtype)
-        return gated_down(gate, up, activation, down, *experts)
+        return self.path.add_down(call, self.down_site, partial(gated_down, gate, up, activation, down))
+
+    def _with_experts(self, x: torch.Tensor, inside: Sequence["GatedExpert"]) -> torch.Tensor:
+        """The MLP's output where experts act inside it."""
+        gate_layer, up_layer, activation, down = self.parts()
+        gate, up = gate_layer(x), up_layer(x)
+        hidden, output = activation(gate) * up, None
+        flat = [values.reshape(-1, values.shape[-1]) for values in (x, gate, up)]
+        for expert, weights, skips in inside:
+            weight = weights.reshape(flat[0].shape[0], -1).to(gate.dtype)
+            gathered = skips and self.path.enabled and not torch.compiler.is_compiling() and not is_transformed()
+            run = partial(expert, activation=activation, gathered=gathered)
+            if has_backward() and self.path.enabled:
+                # Every expert has activations as wide as the MLP: they are made again in the backward pass.
+                d_hidden, d_output = checkpoint(run, *flat, weight, use_reentrant=False)  # type: ignore[misc]
+            else:
+                d_hidden, d_output = run(*flat, weight)
+            hidden = hidden + d_hidden.to(hidden.dtype).view(hidden.shape)
+            output = d_output if output is None else output + d_output
+        result = down(hidden)
+        return result + output.to(result.dtype).view(result.shape)  # type: ignore[union-attr]
 
 
 @functools.cache
@@ -81,7 +129,7 @@ def fused_class(mlp_class: type[nn.Module]) -> type[nn.Module]:
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         site: MLPSite = self.__dict__[MLP_SITE]
         output = None
-        if len(args) == 1 and not kwargs and not torch.compiler.is_compiling() and not is_transformed():
+        if len(args) == 1 and not kwargs:
             output = site.forward(args[0])
         return mlp_class.forward(self, *args, **kwargs) if output is None else output
 

@@ -72,7 +72,10 @@ def _section(folder: Path, config: Any) -> str:
 
 def _options(entry: dict[str, Any]) -> str:
     hidden = {"type", "optional"}
-    return ", ".join(f"{key} {value}" for key, value in entry.items() if key not in hidden and value is not None)
+    shown = {key: value for key, value in entry.items() if key not in hidden and value is not None}
+    if shown.get("routed") is True:
+        del shown["routed"]
+    return ", ".join(f"{key} {value}" for key, value in shown.items())
 
 
 def _counts(path: Path) -> dict[str, int]:
@@ -88,7 +91,9 @@ def _counts(path: Path) -> dict[str, int]:
                     number *= size
                 _, _, rest = key.partition(".moa.")
                 container, _, inner = rest.partition(".")
-                name = {"moa_router": "router", "moa_experts": inner.partition(".")[0]}.get(container, "other")
+                name = {"moa_router": "router", "moa_shared": "router", "moa_experts": inner.partition(".")[0]}.get(
+                    container, "other"
+                )
                 counts[name] += number
     except SafetensorError:
         # The card describes; whether the weights can be read is for whoever loads them to say.

@@ -69,6 +69,11 @@ def read_matrix(linears: Sequence[MasterLinear], dtype: torch.dtype) -> tuple[to
     return weight, rows(biases, dtype)
 
 
+def by_layer(product: torch.Tensor, linears: Sequence[MasterLinear]) -> dict[MasterLinear, torch.Tensor]:
+    """What each of several layers returned, out of what all did side by side."""
+    return dict(zip(linears, product.split([linear.out_features for linear in linears], dim=-1)))
+
+
 def read(x: torch.Tensor, linears: Sequence[MasterLinear], index: torch.Tensor | None = None) -> torch.Tensor:
     """What several layers make of ``[.., in]``, side by side: ``[.., R]``, in the dtype of `x` (of autocast).
 

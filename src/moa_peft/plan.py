@@ -3,43 +3,24 @@
 Every check of a configuration against a model is made here, so that a refused one leaves the model as it was.
 """
 
-import re
 import warnings
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import nn
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from moa_peft.architectures import ARCHITECTURES, ROLES, Architecture
 from moa_peft.config import MoAConfig
 from moa_peft.errors import UserError
-from moa_peft.experts import EXPERTS, ExpertOptions, SiteShape
+from moa_peft.experts import ExpertOptions
 from moa_peft.experts.lora import LoraOptions
+from moa_peft.losses import check_losses, parse_losses
+from moa_peft.mixture import mixtures_of
+from moa_peft.routers import ROUTERS
+from moa_peft.sites import UNROUTED, SiteFinder, Slot, submodule
 from moa_peft.swapped_class import runs_own_forward
-
-Site = tuple[str, str]
-"""Names in the block of the module that is read and the module that is added to (often the same one)."""
-
-
-@dataclass(frozen=True)
-class Slot:
-    """One expert of one block: a column of its routing.
-
-    Attributes:
-        name: name of the expert among the block's, part of its tensors' names on disk.
-        expert_type: its type in `EXPERTS`.
-        options: its options.
-        modules: its site.
-        shape: sizes of the site.
-    """
-
-    name: str
-    expert_type: str
-    options: ExpertOptions
-    modules: Site
-    shape: SiteShape
 
 
 @dataclass(frozen=True)
@@ -68,9 +49,14 @@ def make_plan(config: MoAConfig, model: nn.Module) -> Plan:
         raise UserError(
             f"granularity 'sequence' cannot be used with this family: {architecture.no_sequence}. Use 'token'."
         )
+    if config.losses and architecture.no_sequence:
+        raise UserError(
+            f"losses cannot be used with this family: {architecture.no_sequence}, so padding could not be left out. "
+            "Use losses=None."
+        )
     options = config.expert_options()
     _check_layers(options, len(blocks))
-    sites = _SiteFinder(config, architecture, model)
+    sites = SiteFinder(config, architecture, model)
     found: dict[int, int] = Counter()
     plan: dict[str, tuple[Slot, ...]] = {}
     excluded: set[str] = set()
@@ -80,7 +66,8 @@ def make_plan(config: MoAConfig, model: nn.Module) -> Plan:
             layers = expert_options.layer_indices()
             if layers is not None and index not in layers:
                 continue
-            slots = sites.slots(expert_type, expert_options, block_name, block)
+            copies = expert_options.copies(index, len(blocks))
+            slots = sites.slots(expert_type, expert_options, copies, block_name, block)
             found[entry] += len(slots)
             for slot in slots:
                 site = f"{block_name}.{slot.modules[1]}"
@@ -104,7 +91,27 @@ def make_plan(config: MoAConfig, model: nn.Module) -> Plan:
             "No module is left to adapt: exclude_modules and layers leave none of the experts a site. "
             f"exclude_modules={config.exclude_modules!r}."
         )
+    _check_mixtures(config, plan)
     return Plan(architecture, plan, frozenset(excluded))
+
+
+def _check_mixtures(config: MoAConfig, plan: Mapping[str, tuple[Slot, ...]]) -> None:
+    """Refuse routers and losses that make no sense with the number of experts they get."""
+    assert config.router is not None
+    kind = config.router["type"]
+    sizes = {}
+    for block, slots in plan.items():
+        for name, mixture in mixtures_of(slots).items():
+            if name != UNROUTED:
+                sizes[f"{block}.{name}"] = mixture.num_columns
+    for name, size in sizes.items():
+        if size == 1 and ROUTERS[kind].scores_are_probabilities:
+            raise UserError(
+                f"The router {kind!r} of {name} has one expert, whose weight would always be 1, and would learn "
+                "nothing. Give it more experts (num), make that one 'routed': false, or use a sigmoid router."
+            )
+    losses = parse_losses(config.losses)
+    check_losses(losses, kind, config.router_options(), num_experts=sorted(set(sizes.values())))
 
 
 def find_blocks(config: MoAConfig, model: nn.Module) -> tuple[Architecture, dict[str, nn.Module]]:
@@ -175,135 +182,12 @@ def _children(block: nn.Module) -> str:
     return ", ".join(name for name, _ in block.named_modules() if name)
 
 
-def submodule(block: nn.Module, name: str) -> nn.Module | None:
-    """The module called `name` in `block`, or None."""
-    module: nn.Module | None = block
-    for part in name.split("."):
-        module = getattr(module, part, None)
-        if not isinstance(module, nn.Module):
-            return None
-    return module
-
-
 def norm_name(architecture: Architecture, block: nn.Module) -> str | None:
     """The norm of `block` whose output attention reads; where families have variants, the first name that exists."""
     for name in (architecture.norm or "").split("|"):
         if name and submodule(block, name) is not None:
             return name
     return None
-
-
-def linear_features(module: nn.Module | None) -> tuple[int, int] | None:
-    """Input and output width of a linear layer of any class (quantised, Conv1D); None for other modules."""
-    if module is None:
-        return None
-    if hasattr(module, "nf") and hasattr(module, "nx"):
-        return module.nx, module.nf  # type: ignore[return-value]
-    if isinstance(getattr(module, "in_features", None), int) and isinstance(
-        getattr(module, "out_features", None), int
-    ):
-        return module.in_features, module.out_features  # type: ignore[return-value]
-    return None
-
-
-class _SiteFinder:
-    """Finds the sites of one configuration in the blocks of one model."""
-
-    def __init__(self, config: MoAConfig, architecture: Architecture, model: nn.Module) -> None:
-        self.config = config
-        self.architecture = architecture
-        self.model = model
-
-    def excluded(self, name: str) -> bool:
-        """Whether `exclude_modules` names the module."""
-        patterns = self.config.exclude_modules
-        if not patterns:
-            return False
-        if isinstance(patterns, str):
-            return re.fullmatch(patterns, name) is not None
-        return any(name == pattern or name.endswith(f".{pattern}") for pattern in patterns)
-
-    def slots(self, expert_type: str, options: ExpertOptions, block_name: str, block: nn.Module) -> list[Slot]:
-        """The slots that one entry of the configuration takes in one block; none where the block has no such site."""
-        kind = EXPERTS[expert_type].site_kind
-        if kind == "linear":
-            assert isinstance(options, LoraOptions)
-            targets = [options.target] if isinstance(options.target, str) else options.target
-            paths = [path for target in targets for path in self._linears(target, block)]
-            found = [(self._linear_name(path), (path, path), self._linear_shape(path, block)) for path in paths]
-        elif kind == "mlp":
-            found = self._mlp(block)
-        else:
-            found = self._attention(expert_type, options, block_name, block)
-        return [
-            Slot(name, expert_type, options, modules, shape)
-            for name, modules, shape in found
-            for _ in range(options.num)
-        ]
-
-    def _linears(self, target: str, block: nn.Module) -> list[str]:
-        if target in ROLES:
-            path = self.architecture.roles.get(target)
-            return [path] if path and linear_features(submodule(block, path)) else []
-        linears = [name for name, module in block.named_modules() if name and linear_features(module)]
-        linears = [name for name in linears if "moa" not in name.split(".")]
-        named = [name for name in linears if name == target or name.endswith(f".{target}")]
-        return named or [name for name in linears if _fullmatch(target, name)]
-
-    def _linear_name(self, path: str) -> str:
-        roles = self.architecture.roles_of(path)
-        return f"lora_{'_'.join(roles)}" if roles else f"lora_{path.replace('.', '_')}"
-
-    def _linear_shape(self, path: str, block: nn.Module) -> SiteShape:
-        features = linear_features(submodule(block, path))
-        assert features is not None
-        return SiteShape(*features)
-
-    def _mlp(self, block: nn.Module) -> list[tuple[str, tuple[str, str], SiteShape]]:
-        mlp = self.architecture.mlp
-        if mlp is None:
-            return []
-        first, last = (mlp, mlp) if isinstance(mlp, str) else mlp
-        if submodule(block, first) is None or submodule(block, last) is None:
-            return []
-        width = self.hidden_size
-        return [("parallel_adapter", (first, last), SiteShape(width, width))]
-
-    def _attention(
-        self, expert_type: str, options: ExpertOptions, block_name: str, block: nn.Module
-    ) -> list[tuple[str, tuple[str, str], SiteShape]]:
-        path = self.architecture.attention
-        roles = self.architecture.roles
-        if submodule(block, path) is None or "k" not in roles or submodule(block, roles["k"]) is None:
-            return []
-        if self.architecture.no_prompt is not None:
-            if options.optional:
-                return []
-            raise UserError(
-                f"The {expert_type} expert cannot work in block {block_name} of this family: "
-                f"{self.architecture.no_prompt}. Leave it out (prompt=False in the presets)."
-            )
-        heads = self._text_config().num_attention_heads
-        return [("prompt_expert", (path, path), SiteShape(self.hidden_size, self.hidden_size, heads))]
-
-    def _text_config(self) -> PreTrainedConfig:
-        config = self.model.config
-        assert isinstance(config, PreTrainedConfig)
-        return config.get_text_config()
-
-    @property
-    def hidden_size(self) -> int:
-        """Width of the residual stream."""
-        return self._text_config().hidden_size
-
-
-def _fullmatch(pattern: str, name: str) -> bool:
-    try:
-        return re.fullmatch(pattern, name) is not None
-    except re.error as error:
-        raise UserError(
-            f"target {pattern!r} is neither a role, nor a module name, nor a regular expression: {error}."
-        ) from None
 
 
 def _shared_roles(slots: list[Slot]) -> list[Slot]:
@@ -343,7 +227,7 @@ def _numbered(slots: list[Slot]) -> list[Slot]:
         if counts[slot.name] > 1:
             name = f"{slot.name}_{seen[slot.name]}"
             seen[slot.name] += 1
-        numbered.append(Slot(name, slot.expert_type, slot.options, slot.modules, slot.shape))
+        numbered.append(replace(slot, name=name))
     return numbered
 
 
@@ -358,7 +242,7 @@ def _check_layers(options: list[ExpertOptions], num_blocks: int) -> None:
 
 
 def _check_found(
-    config: MoAConfig, options: list[ExpertOptions], found: dict[int, int], sites: _SiteFinder, model: nn.Module
+    config: MoAConfig, options: list[ExpertOptions], found: dict[int, int], sites: SiteFinder, model: nn.Module
 ) -> None:
     missing = []
     for index, (expert_type, entry) in enumerate(zip(config.expert_types, options)):

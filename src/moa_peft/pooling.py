@@ -61,8 +61,7 @@ class Pooling:
             index = self.segments[..., None].expand(-1, -1, values.shape[-1])
             return values.gather(1, index)
 
-        threshold = None if routing.threshold is None else one(routing.threshold)
-        return Routing(one(routing.weights), one(routing.scores), threshold)
+        return routing.map(one)
 
 
 def prompt_mask(labels: torch.Tensor, attention_mask: torch.Tensor | None = None) -> torch.Tensor:
@@ -75,12 +74,12 @@ def prompt_mask(labels: torch.Tensor, attention_mask: torch.Tensor | None = None
     Returns:
         ``[B, T]`` bool.
     """
-    unmasked = _unmasked(attention_mask, labels.shape, labels.device)
+    unmasked = unmasked_tokens(attention_mask, labels.shape, labels.device)
     assert unmasked is not None
     return _before_first_label(labels, unmasked, None)
 
 
-def _unmasked(attention_mask: Any, shape: torch.Size, device: torch.device) -> torch.Tensor | None:
+def unmasked_tokens(attention_mask: Any, shape: torch.Size, device: torch.device) -> torch.Tensor | None:
     """``[B, T]`` bool, the tokens of this call that are no padding; None where the mask does not tell."""
     if isinstance(attention_mask, dict):
         # Generation with a static cache makes one mask per kind of layer; padding is the same in all.
@@ -142,7 +141,7 @@ def plan_pooling(model: nn.Module, arguments: dict[str, Any]) -> Pooling:
         _check_prompt_was_whole(cache, shape[1], arguments)
         return Pooling(prompt=None)
     given, labels = arguments.get(PROMPT_MASK), arguments.get("labels")
-    unmasked = _unmasked(arguments.get("attention_mask"), shape, device)
+    unmasked = unmasked_tokens(arguments.get("attention_mask"), shape, device)
     segments = _packed_segments(arguments.get("position_ids"), unmasked, shape)
     if given is not None:
         return Pooling(given.bool(), segments)
@@ -276,8 +275,7 @@ def _routed_cache(cache_class: type[Cache]) -> type[Cache]:
 
     def select(self: Any, change: Any) -> None:
         for key, routing in self.moa_routings.items():
-            threshold = None if routing.threshold is None else change(routing.threshold)
-            self.moa_routings[key] = Routing(change(routing.weights), change(routing.scores), threshold)
+            self.moa_routings[key] = routing.map(change)
 
     def reorder_cache(self: Any, beam_idx: torch.LongTensor) -> None:
         cache_class.reorder_cache(self, beam_idx)

@@ -1,6 +1,6 @@
-"""The fused path of experts that are a product of two linear layers (`moa_peft.experts.Factors`).
+"""The fused path of experts that are a product of linear layers (`moa_peft.experts.Factors`).
 
-Experts that read the same tensor x share one product, with the router where it reads x too::
+Experts that read the same tensor x share one product, with the routers that read x too::
 
     z     = x [R_1; ...; R_n; router]^T          one matrix product
     inner = activation(z) * (w M)                w routing weights, M puts each weight and scale on its columns
@@ -10,125 +10,251 @@ The weights multiply ``[.., R]`` numbers instead of ``[.., out]``, nothing of th
 the number of operations does not grow with the number of experts.
 """
 
-from collections.abc import Iterable, Sequence
+import functools
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import groupby
 
 import torch
 import torch.nn.functional as F
-from torch import nn
-from torch.nn.modules import module as global_hooks
 
 from moa_peft.experts import Expert, Factors
 from moa_peft.initialization import MasterLinear
+from moa_peft.listeners import is_plain
 from moa_peft.packed import add_in_place, columns, is_transformed
-from moa_peft.plan import Site
+from moa_peft.routing import Routing
+from moa_peft.sites import UNROUTED, Site
+
+
+@dataclass(frozen=True, eq=False)
+class Part:
+    """One expert of a site.
+
+    Attributes:
+        mixture: name of its mixture.
+        columns: its columns in the routing of the mixture.
+        factors: its factors.
+        expert: the expert.
+    """
+
+    mixture: str
+    columns: tuple[int, ...]
+    factors: Factors
+    expert: Expert
+
+    @property
+    def rank(self) -> int:
+        """Width of what it reads."""
+        return self.factors.read.out_features
+
+    @property
+    def spread_rank(self) -> int:
+        """Width of what its routing weights multiply: the rank, once for each of them."""
+        return self.rank * len(self.columns)
+
+    @property
+    def inner_rank(self) -> int:
+        """Width of what its `writes` read together."""
+        return self.rank if self.factors.has_cores else self.spread_rank
+
+    def expand(self, z: torch.Tensor) -> torch.Tensor:
+        """``[.., R]`` to ``[.., n R]``, what each of its n routing weights multiplies."""
+        if self.factors.has_cores:
+            cores: torch.Tensor = self.expert.cores  # type: ignore[assignment]
+            return F.linear(z, cores.flatten(0, 1).to(z.dtype))
+        return z if len(self.columns) == 1 else z.repeat(*[1] * (z.dim() - 1), len(self.columns))
+
+    def reduce(self, weighted: torch.Tensor) -> torch.Tensor:
+        """``[.., n R]`` weighted to what its `writes` read."""
+        if not self.factors.has_cores:
+            return weighted
+        return weighted.unflatten(-1, (len(self.columns), self.rank)).sum(-2)
 
 
 class SiteProduct:
-    """The experts of one mixture at one site, as one product.
+    """The experts at one site, as one product.
 
     Args:
         site: the site.
-        experts: columns in the routing, and the experts; all have factors.
-        num_experts: columns E of the routing.
+        parts: the experts.
     """
 
-    def __init__(self, site: Site, experts: Iterable[tuple[int, Expert]], num_experts: int) -> None:
+    def __init__(self, site: Site, parts: Iterable[Part]) -> None:
         self.site = site
-        self.num_experts = num_experts
-        found = [(column, expert, expert.factors()) for column, expert in experts]
-        self.experts = [expert for _, expert, _ in found]
-        self.parts: list[tuple[int, Factors]] = [(column, factors) for column, _, factors in found if factors]
         # Columns with the same activation stand together, so that it is applied once.
-        self.parts.sort(key=lambda part: repr(part[1].activation))
-        self.rank = sum(factors.read.out_features for _, factors in self.parts)
-        self.activated = any(factors.activation is not None for _, factors in self.parts)
-        self.read_biased = any(factors.read.bias is not None for _, factors in self.parts)
-        self.biased = [(column, factors) for column, factors in self.parts if factors.write.bias is not None]
+        self.parts = sorted(parts, key=lambda part: repr(part.factors.activation))
+        self.rank = sum(part.inner_rank for part in self.parts)
+        self.dropout = self.parts[0].factors.dropout
+        # Experts at one site that drop with different probabilities cannot share a product.
+        self.mixed_dropout = any(part.factors.dropout != self.dropout for part in self.parts)
+        self.is_linear = all(part.factors.activation is None for part in self.parts)
+        self.read_biased = any(part.factors.read.bias is not None for part in self.parts)
+        self.biased = [part for part in self.parts if part.factors.writes[0].bias is not None]
+
+    @property
+    def drops(self) -> bool:
+        """Whether elements of its input are dropped in the coming forward."""
+        return self.dropout > 0 and self.parts[0].expert.training
 
     def writes(self) -> list[torch.Tensor]:
         """The parts of the matrix ``[out, R]`` that all experts write with, a column for each bias last."""
-        biases = [factors.write.bias for _, factors in self.biased]
-        return [factors.write.weight for _, factors in self.parts] + [bias for bias in biases if bias is not None]
-
-    def active_tokens(self, weights: torch.Tensor) -> torch.Tensor:
-        """``[n]`` the tokens for which an expert of the site has a weight.
-
-        Args:
-            weights: ``[.., E]``.
-        """
-        columns = sorted({column for column, _ in self.parts})
-        return weights.reshape(-1, weights.shape[-1])[:, columns].any(-1).nonzero().squeeze(-1)
+        biases = [part.factors.writes[0].bias for part in self.biased]
+        weights = [write.weight for part in self.parts for write in part.factors.writes]
+        return weights + [bias for bias in biases if bias is not None]
 
     def obstacle(self) -> str | None:
         """Why the experts take the plain path in this forward; None where they take this one."""
-        if not all(expert.is_product() for expert in self.experts):
-            return "an expert drops elements of its input (dropout, in training)"
-        linears = [linear for _, factors in self.parts for linear in (factors.read, factors.write)]
-        if not all(map(is_plain, [*self.experts, *linears])):
+        if self.mixed_dropout:
+            return "experts of one site drop with different probabilities"
+        linears = [linear for part in self.parts for linear in (part.factors.read, *part.factors.writes)]
+        if not all(map(is_plain, [*(part.expert for part in self.parts), *linears])):
             return "a hook listens to an expert or its linear layers, or keeps their weights elsewhere"
         return None
 
 
 class SharedInput:
-    """The sites of one mixture that read the same tensor.
+    """The sites of one adapter in one block that read the same tensor.
 
     Args:
         name: what is read.
         products: the sites.
+        widths: number of routing weights of each mixture.
+        routers: the mixtures whose routers read the tensor too.
+        routed_by_core: whether routers at the sites read what their experts read from the tensor.
     """
 
-    def __init__(self, name: str, products: list[SiteProduct]) -> None:
+    def __init__(
+        self,
+        name: str,
+        products: list[SiteProduct],
+        *,
+        widths: Mapping[str, int],
+        routers: tuple[str, ...],
+        routed_by_core: bool,
+    ) -> None:
         self.name = name
         self.products = products
+        self.routers = routers
+        self._widths = widths
+        self.dropout = products[0].dropout
         self.parts = [part for product in products for part in product.parts]
+        self.sources = tuple(dict.fromkeys(part.mixture for part in self.parts))
+        self.routed_by_core = tuple(s for s in self.sources if s != UNROUTED) if routed_by_core else ()
+        self.is_simple = all(part.spread_rank == part.rank and not part.factors.has_cores for part in self.parts)
         # Runs of columns with one activation.
         self.runs = [
-            (activation, sum(factors.read.out_features for _, factors in run))
-            for activation, run in groupby(self.parts, key=lambda part: part[1].activation)
+            (activation, sum(part.rank for part in run))
+            for activation, run in groupby(self.parts, key=lambda part: part.factors.activation)
         ]
-        width = sum(size for _, size in self.runs)
-        self._spread = [[0.0] * width for _ in range(products[0].num_experts)]
+        offsets, total = {}, 0
+        for source in self.sources:
+            offsets[source] = total
+            total += widths[source]
+        self.columns = sorted({offsets[part.mixture] + column for part in self.parts for column in part.columns})
+        self._bias_columns = {
+            product.site: [offsets[part.mixture] + part.columns[0] for part in product.biased] for product in products
+        }
+        self._spread = [[0.0] * sum(part.spread_rank for part in self.parts) for _ in range(total)]
         start = 0
-        for column, factors in self.parts:
-            stop = start + factors.read.out_features
-            self._spread[column][start:stop] = [factors.scale] * (stop - start)
-            start = stop
+        for part in self.parts:
+            for column in part.columns:
+                stop = start + part.rank
+                row = self._spread[offsets[part.mixture] + column]
+                row[start:stop] = [part.factors.scale] * part.rank
+                start = stop
         self._spreads: dict[tuple[object, ...], torch.Tensor] = {}
+
+    @functools.cached_property
+    def singles(self) -> list["SharedInput"]:
+        """Every expert here by itself."""
+        return [
+            SharedInput(
+                self.name, [SiteProduct(product.site, [part])], widths=self._widths, routers=(), routed_by_core=False
+            )
+            for product in self.products
+            for part in product.parts
+        ]
+
+    @property
+    def drops(self) -> bool:
+        """Whether the experts read another tensor than the routers in the coming forward."""
+        return self.products[0].drops
 
     def obstacle(self) -> str | None:
         """Why these sites take the plain path in this forward; None where they take this one."""
         return next(filter(None, (product.obstacle() for product in self.products)), None)
 
     def linears(self) -> list[MasterLinear]:
-        """The layers that read the tensor."""
-        return [factors.read for _, factors in self.parts]
+        """The layers of the experts that read the tensor."""
+        return [part.factors.read for part in self.parts]
+
+    def read_of(self, mixture: str, z: torch.Tensor) -> torch.Tensor:
+        """``[.., R]`` what the first expert of a mixture reads, out of what all read."""
+        start = 0
+        for part in self.parts:
+            if part.mixture == mixture:
+                return z[..., start : start + part.rank]
+            start += part.rank
+        raise KeyError(mixture)
+
+    def weights(self, routings: Mapping[str, Routing], like: torch.Tensor) -> torch.Tensor:
+        """``[.., E]`` the routing weights of all mixtures here, side by side, in the dtype of `like`.
+
+        Args:
+            routings: by mixture; experts without a router have the weight 1.
+            like: ``[.., R]``.
+        """
+        found = []
+        for source in self.sources:
+            if source == UNROUTED:
+                found.append(like.new_ones(*like.shape[:-1], self._widths[source]))
+            else:
+                weights = routings[source].weights
+                if weights.dim() != like.dim():
+                    weights = weights.reshape(*like.shape[:-1], weights.shape[-1])
+                found.append(weights.to(like.dtype))
+        return found[0] if len(found) == 1 else torch.cat(found, dim=-1)
+
+    def active_tokens(self, weights: torch.Tensor) -> torch.Tensor:
+        """``[n]`` the tokens for which an expert here has a weight.
+
+        Args:
+            weights: ``[.., E]``.
+        """
+        flat = weights.reshape(-1, weights.shape[-1])
+        return flat[:, self.columns].any(-1).nonzero().squeeze(-1)
 
     def weighted(self, z: torch.Tensor, weights: torch.Tensor) -> dict[Site, torch.Tensor]:
         """The inner activations times their routing weights, by site.
 
         Args:
             z: ``[.., R]`` what `linears` returned, side by side.
-            weights: ``[.., E]`` routing weights.
+            weights: ``[.., E]`` routing weights, in the dtype of `z`.
 
         Returns:
             ``[.., R of the site]``, followed by a column with the weight of each write bias.
         """
-        weights = weights.to(z.dtype)
-        return self.by_site(self.activated(z) * self.spread(weights), weights)
+        return self.by_site(z, weights @ self.spread_matrix(weights.dtype, weights.device), weights)
 
-    def by_site(self, inner: torch.Tensor, weights: torch.Tensor) -> dict[Site, torch.Tensor]:
-        """``[.., R]`` weighted inner activations by site; see `weighted`."""
+    def by_site(self, z: torch.Tensor, scales: torch.Tensor, weights: torch.Tensor) -> dict[Site, torch.Tensor]:
+        """The same as `weighted`, from ``weights @ spread_matrix``."""
+        z = self._activated(z)
+        if self.is_simple:
+            inner = z * scales
+        else:
+            pieces = z.split([part.rank for part in self.parts], dim=-1)
+            wide = torch.cat([part.expand(piece) for part, piece in zip(self.parts, pieces)], dim=-1) * scales
+            pieces = wide.split([part.spread_rank for part in self.parts], dim=-1)
+            inner = torch.cat([part.reduce(piece) for part, piece in zip(self.parts, pieces)], dim=-1)
         if len(self.products) == 1 and not self.products[0].biased:
             return {self.products[0].site: inner}
-        pieces = inner.split([product.rank for product in self.products], dim=-1)
         found = {}
-        for product, piece in zip(self.products, pieces):
-            biases = [weights[..., column : column + 1] for column, _ in product.biased]
+        for product, piece in zip(self.products, inner.split([product.rank for product in self.products], dim=-1)):
+            biases = [weights[..., column : column + 1] for column in self._bias_columns[product.site]]
             found[product.site] = torch.cat([piece, *biases], dim=-1) if biases else piece
         return found
 
-    def activated(self, z: torch.Tensor) -> torch.Tensor:
+    def _activated(self, z: torch.Tensor) -> torch.Tensor:
         """``[.., R]`` with each expert's activation applied to its columns."""
         if len(self.runs) == 1:
             activation = self.runs[0][0]
@@ -138,10 +264,6 @@ class SharedInput:
             piece if activation is None else activation(piece) for (activation, _), piece in zip(self.runs, pieces)
         ]
         return torch.cat(done, dim=-1)
-
-    def spread(self, weights: torch.Tensor) -> torch.Tensor:
-        """``[.., E]`` routing weights to ``[.., R]``: each weight times the expert's scale, on its columns."""
-        return weights @ self.spread_matrix(weights.dtype, weights.device)
 
     def spread_matrix(self, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
         """``[E, R]``: an expert's scale on its own columns, 0 elsewhere."""
@@ -155,19 +277,6 @@ class SharedInput:
         if type(spread) is torch.Tensor:
             self._spreads[key] = spread
         return spread
-
-
-def is_plain(module: nn.Module) -> bool:
-    """Whether a layer may be replaced by its weights: no hook listens, and they are in place."""
-    own = module.__dict__
-    hooks = own["_forward_hooks"] or own["_forward_pre_hooks"] or own["_backward_hooks"] or own["_backward_pre_hooks"]
-    return not (hooks or "_hf_hook" in own or "forward" in own or has_global_hooks())
-
-
-def has_global_hooks() -> bool:
-    """Whether a hook listens to every module."""
-    forward = global_hooks._global_forward_hooks or global_hooks._global_forward_pre_hooks
-    return bool(forward or global_hooks._global_backward_hooks or global_hooks._global_backward_pre_hooks)
 
 
 def add_product(

@@ -50,7 +50,11 @@ class PromptSite:
         if not slots:
             return attended_BTHK
         states = [
-            PromptState(expert, *self._keys_and_values(expert, attention, query_BHTK), weight_BT1)
+            PromptState(
+                expert,
+                *self._keys_and_values(expert, attention, query_BHTK),
+                _ones(query_BHTK) if weight_BT1 is None else weight_BT1,
+            )
             for expert, weight_BT1 in slots
         ]
         scale = query_BHTK.shape[-1] ** -0.5 if scaling is None else scaling
@@ -92,6 +96,11 @@ class PromptSite:
         if norm is not None:
             key = norm(key)
         return key.transpose(0, 1), value.transpose(0, 1)
+
+
+def _ones(query_BHTK: torch.Tensor) -> torch.Tensor:
+    """``[B, T, 1]`` the weight of experts without a router."""
+    return query_BHTK.new_ones(query_BHTK.shape[0], query_BHTK.shape[2], 1, dtype=torch.float32)
 
 
 def _with_prompt(function: Callable[..., Any]) -> Callable[..., Any]:

@@ -11,8 +11,10 @@ from torch import nn
 from moa_peft.config import MoAConfig
 from moa_peft.errors import UserError
 from moa_peft.experts.lora import LoraExpert, LoraOptions
-from moa_peft.plan import Plan, Slot
+from moa_peft.mixture import mixtures_of
+from moa_peft.plan import Plan
 from moa_peft.routers import ROUTERS
+from moa_peft.sites import Slot
 
 _PREFIX = "base_model.model."
 
@@ -39,18 +41,21 @@ class StartingWeights:
         source = str(config.init_from)
         lora, tensors = _read(source)
         assert config.router is not None
-        neutral = ROUTERS[config.router["type"]].neutral_weight
+        router_class, options = ROUTERS[config.router["type"]], config.router_options()
         matrices = {}
         for block_name, slots in plan.blocks.items():
             for slot in slots:
-                if not isinstance(slot.options, LoraOptions):
+                if slot.expert_type != "lora":
                     continue
                 module = f"{block_name}.{slot.modules[0]}"
+                assert isinstance(slot.options, LoraOptions)
                 keys = [f"{_PREFIX}{module}.lora_{part}.weight" for part in "AB"]
                 if keys[0] not in tensors:
                     continue
                 a, b = (tensors[key] for key in keys)
                 _check_shapes(source, module, slot, a, b)
+                width = mixtures_of(slots)[slot.mixture].num_columns
+                neutral = router_class.neutral_weight(width, options) if slot.options.routed else 1.0
                 sharing = sum(s.modules == slot.modules and s.expert_type == "lora" for s in slots)
                 scale = _scale(lora, module, a.shape[0]) / (slot.options.scale * neutral * sharing)
                 matrices[(block_name, slot.name)] = (a.float(), b.float() * scale)

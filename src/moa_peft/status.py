@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from moa_peft.layer import MoALayer
+from moa_peft.obstacles import obstacles, skipping
 
 
 @dataclass(frozen=True)
@@ -64,10 +65,10 @@ def moa_status(model: nn.Module) -> MoAStatus:
         ValueError: if it has none.
     """
     parts = [
-        PartStatus(name.removesuffix(".moa"), adapter, part, obstacle, part in layer.fused_path.skipping(adapter))
+        PartStatus(name.removesuffix(".moa"), adapter, part, obstacle, part in skipping(layer, adapter))
         for name, layer in _layers(model).items()
         for adapter in layer.mixtures
-        for part, obstacle in layer.fused_path.obstacles(adapter).items()
+        for part, obstacle in obstacles(layer, adapter).items()
     ]
     return MoAStatus(tuple(parts))
 

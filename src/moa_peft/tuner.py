@@ -11,6 +11,7 @@ from torch import nn
 
 from moa_peft import block as blocks
 from moa_peft.adapter_names import check_adapter_name
+from moa_peft.auxiliary import count_routers
 from moa_peft.config import MoAConfig
 from moa_peft.errors import UserError
 from moa_peft.layer import MERGE_MESSAGE, MoALayer
@@ -19,15 +20,18 @@ from moa_peft.pooling import add_pooling, check_generation
 from moa_peft.prompt_attention import install_prompt_attention
 from moa_peft.quantized_base import keep_trainable
 from moa_peft.saved_modules import check_saved_modules
+from moa_peft.shared_networks import SharedNetworks, remove_shared_networks, share_networks
 from moa_peft.starting_weights import StartingWeights
 from moa_peft.status import MoAStatus, moa_status
+from moa_peft.token_mask import add_token_mask
+from moa_peft.training_callback import register_training_callback
 
 
 class MoAModel(BaseTuner):
     """Adds a mixture of adapters to the blocks of a decoder; made by `peft.get_peft_model` with a `MoAConfig`."""
 
     prefix = "moa_"
-    tuner_layer_cls = MoALayer
+    tuner_layer_cls = (MoALayer, SharedNetworks)  # type: ignore[assignment]
     target_module_mapping: dict[str, list[str]] = {}
     _plan: Plan
 
@@ -61,7 +65,10 @@ class MoAModel(BaseTuner):
             autocast_adapter_dtype=autocast_adapter_dtype,
             low_cpu_mem_usage=low_cpu_mem_usage,
         )
-        _install_pooling(model, self.peft_config)
+        count_routers(model, adapter_name)
+        _install_hooks(model, self.peft_config)
+        if config.losses:
+            register_training_callback()
         if start is not None and not low_cpu_mem_usage:
             start.apply(model, adapter_name)
         if getattr(model, "model_tags", None) is None:
@@ -96,6 +103,7 @@ class MoAModel(BaseTuner):
         config = self.model.config  # type: ignore[union-attr]
         hidden_size = config.get_text_config().hidden_size  # type: ignore[union-attr, operator]
         layer.add_mixture(adapter_name, peft_config, slots, hidden_size)
+        share_networks(self.model, current_key, layer, adapter_name, peft_config)
 
     def moa_status(self) -> MoAStatus:
         """Which path, fused or plain, the router, every expert and the MLP of each block take, and why."""
@@ -132,13 +140,14 @@ class MoAModel(BaseTuner):
         for module in list(self.model.modules()):
             if isinstance(getattr(module, blocks.CHILD, None), MoALayer):
                 blocks.uninstall(module)
-        _remove_pooling(self.model)
+        remove_shared_networks(self.model)
+        _remove_hooks(self.model)
         return model
 
     @classmethod
     def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
         # Experts are nested, so the name stands further in front than PEFT's default looks: behind the container.
-        for container in MoALayer.adapter_layer_names:
+        for container in (*MoALayer.adapter_layer_names, *SharedNetworks.adapter_layer_names):
             key = key.replace(f".{container}.{adapter_name}.", f".{container}.", 1)
         return key
 
@@ -147,15 +156,19 @@ def _pools_sequences(module: nn.Module) -> bool:
     return isinstance(module, MoALayer) and module.pools_sequences()
 
 
-def _install_pooling(model: nn.Module, configs: dict[str, Any]) -> None:
-    wanted = any(isinstance(c, MoAConfig) and c.granularity == "sequence" for c in configs.values())
-    if wanted and add_pooling not in model._forward_pre_hooks.values():
-        model.register_forward_pre_hook(add_pooling, with_kwargs=True)
+def _install_hooks(model: nn.Module, configs: dict[str, Any]) -> None:
+    """The hooks that hand call arguments from the model to its blocks, where a mixture asks for them."""
+    own = [config for config in configs.values() if isinstance(config, MoAConfig)]
+    hooks = [(add_pooling, any(config.granularity == "sequence" for config in own))]
+    hooks += [(add_token_mask, any(config.losses for config in own))]
+    for hook, wanted in hooks:
+        if wanted and hook not in model._forward_pre_hooks.values():
+            model.register_forward_pre_hook(hook, with_kwargs=True)
 
 
-def _remove_pooling(model: nn.Module) -> None:
+def _remove_hooks(model: nn.Module) -> None:
     for number, hook in list(model._forward_pre_hooks.items()):
-        if hook is add_pooling:
+        if hook in (add_pooling, add_token_mask):
             del model._forward_pre_hooks[number]
             model._forward_pre_hooks_with_kwargs.pop(number, None)
 
@@ -163,7 +176,7 @@ def _remove_pooling(model: nn.Module) -> None:
 def _check_other_tuners(model: nn.Module) -> None:
     for name, module in model.named_modules():
         if isinstance(module, BaseTunerLayer) and not isinstance(module, (MoALayer, TrainableTokensLayer)):
-            if f".{blocks.CHILD}." in name:
+            if isinstance(module, SharedNetworks) or f".{blocks.CHILD}." in name:
                 continue
             raise UserError(
                 f"The model already carries another PEFT method ({type(module).__name__} at {name}). A mixture of "

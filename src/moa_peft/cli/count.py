@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
+from collections.abc import Mapping
 from typing import Annotated, Any
 
 import typer
@@ -31,10 +33,10 @@ def count(
         moa count --model config.json --method lora --json
     """
     from moa_peft.base_models import load_config
-    from moa_peft.config import MoAConfig
     from moa_peft.counting import count_parameters
+    from moa_peft.methods import method_config
 
-    config = MoAConfig.preset(method, **{"task_type": "CAUSAL_LM"} | _knobs(context.args))
+    config = method_config(method, **{"task_type": "CAUSAL_LM"} | _knobs(context.args))
     counted = count_parameters(load_config(model), config)
     if as_json:
         typer.echo(json.dumps({"model": model, "method": method, **counted.to_dict()}, indent=2))
@@ -42,7 +44,8 @@ def count(
     table = Table("part", "type", title=f"{method} on {model}", show_footer=False)
     table.add_column("parameters", justify="right")
     table.add_column("share", justify="right")
-    rows: list[tuple[str, str, int]] = [(name, "expert", number) for name, number in counted.experts.items()]
+    experts = _without_numbers(counted.experts)
+    rows: list[tuple[str, str, int]] = [(name, "expert", number) for name, number in experts.items()]
     table_rows = rows + [("router", "router", counted.router), ("threshold", "router", counted.threshold)]
     table_rows += [("other", "PEFT", counted.other)]
     for name, kind, number in table_rows:
@@ -54,6 +57,21 @@ def count(
     table.add_section()
     table.add_row("total", "", f"{counted.total:,}", f"{counted.total / counted.base:.3%} of the base")
     Console().print(table)
+
+
+def _without_numbers(experts: Mapping[str, int]) -> dict[str, int]:
+    """Copies of one expert (``lora_q_0``, ``lora_q_1``, ...) as one entry (``lora_q, 2 copies``)."""
+    copies = Counter(_stem(name, experts) for name in experts)
+    joined: dict[str, int] = Counter()
+    for name, number in experts.items():
+        stem = _stem(name, experts)
+        joined[stem if copies[stem] == 1 else f"{stem}, {copies[stem]} copies"] += number
+    return joined
+
+
+def _stem(name: str, experts: Mapping[str, int]) -> str:
+    stem, _, number = name.rpartition("_")
+    return stem if number.isdigit() and f"{stem}_0" in experts else name
 
 
 def _knobs(words: list[str]) -> dict[str, Any]:

@@ -85,10 +85,7 @@ class LoraExpert(Expert):
         return self.lora_B(self.lora_A(self.dropout(x)) * (weight * self.scale))
 
     def factors(self) -> Factors:
-        return Factors(self.lora_A, self.lora_B, scale=self.scale)
-
-    def is_product(self) -> bool:
-        return not (self.training and self.options.dropout > 0)
+        return Factors(self.lora_A, (self.lora_B,), scale=self.scale, dropout=self.options.dropout)
 
     def reset_parameters(self, init: Init) -> None:
         reset_linear(self.lora_A, init)

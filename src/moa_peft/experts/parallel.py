@@ -57,7 +57,7 @@ class ParallelExpert(Expert):
         return self.up(F.silu(self.down(x))) * weight
 
     def factors(self) -> Factors:
-        return Factors(self.down, self.up, activation=F.silu)
+        return Factors(self.down, (self.up,), activation=F.silu)
 
     def reset_parameters(self, init: Init) -> None:
         for module in (self.down, self.up):

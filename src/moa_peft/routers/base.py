@@ -2,6 +2,7 @@
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -22,17 +23,17 @@ class Router(nn.Module, ABC):
     It is written in two parts, so that its first products can be made together with those of the experts that read
     the same hidden state: `reads` names the linear layers applied to it, `route` goes on from what they return.
 
-    Subclasses set `Options` (a dataclass of their options) and `neutral_weight`.
+    Subclasses set `Options` (a dataclass of their options) and `scores_are_probabilities`.
 
     Args:
-        hidden_size: width D of the hidden state it reads.
+        hidden_size: width D of what it reads.
         num_experts: number E of experts in the mixture.
         options: an instance of `Options`.
     """
 
     Options: type[RouterOptions]
-    neutral_weight: float
-    """The weight of every expert when the logits are zero, as they nearly are at initialisation."""
+    scores_are_probabilities: bool
+    """Whether the scores of a token sum to 1 over the experts, which entropies of them need."""
 
     def __init__(self, hidden_size: int, num_experts: int, options: RouterOptions) -> None:
         super().__init__()
@@ -52,9 +53,26 @@ class Router(nn.Module, ABC):
     def route(self, products: list[torch.Tensor]) -> Routing:
         """The routing, from what each layer of `reads` returned."""
 
+    @classmethod
+    @abstractmethod
+    def neutral_weight(cls, num_experts: int, options: Any) -> float:
+        """The weight of every expert when the logits are zero, as they nearly are at initialisation."""
+
     @abstractmethod
     def reset_parameters(self, init: Init) -> None:
         """Set the initial weights."""
+
+    @classmethod
+    def shared_network(cls, hidden_size: int, options: Any) -> nn.Module | None:
+        """A network that all routers of one adapter with this input width share; None where there is none.
+
+        It is made once, is given to each router by `share`, and is stored once.
+        """
+        return None
+
+    def share(self, network: nn.Module) -> None:
+        """Use the shared network; the router does not own it."""
+        raise NotImplementedError
 
     def may_skip(self, *, with_gradient: bool) -> bool:
         """Whether it gives weights that are exactly 0, whose experts may be left out.

@@ -1,18 +1,31 @@
 """Router heads: hidden state to one logit per expert, in two parts like the router (see `moa_peft.routers.base`)."""
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+from moa_peft.errors import UserError
 from moa_peft.initialization import Init, MasterLinear, reset_linear
 
 
 class LinearHead(nn.Module):
-    """``logits = W z + b`` (METHODS 1.3, ``swi_x = 0``)."""
+    """``logits = W z + b`` (METHODS 1.3, ``swi_x = 0``).
 
-    def __init__(self, hidden_size: int, num_experts: int) -> None:
+    Args:
+        hidden_size: width D of the hidden state.
+        num_experts: number E of logits.
+        bias: whether there is b.
+        init_std: start the weights from N(0, init_std) instead of the default of linear layers.
+    """
+
+    def __init__(
+        self, hidden_size: int, num_experts: int, *, bias: bool = True, init_std: float | None = None
+    ) -> None:
         super().__init__()
-        self.linear = MasterLinear(hidden_size, num_experts)
+        self.linear = MasterLinear(hidden_size, num_experts, bias=bias)
+        self.init_std = init_std
 
     def reads(self) -> list[MasterLinear]:
         """The layers that read the hidden state."""
@@ -24,7 +37,7 @@ class LinearHead(nn.Module):
 
     def reset_parameters(self, init: Init) -> None:
         """Default weights, zero bias."""
-        reset_linear(self.linear, init)
+        reset_head_linear(self.linear, init, self.init_std)
 
 
 class SwiGLUHead(nn.Module):
@@ -34,14 +47,25 @@ class SwiGLUHead(nn.Module):
         hidden_size: width D of the hidden state.
         num_experts: number E of logits.
         hidden_per_expert: the inner width is this times E.
+        bias: whether there are b1, b2 and b3.
+        init_std: start the weights from N(0, init_std) instead of the default of linear layers.
     """
 
-    def __init__(self, hidden_size: int, num_experts: int, hidden_per_expert: int) -> None:
+    def __init__(
+        self,
+        hidden_size: int,
+        num_experts: int,
+        hidden_per_expert: int,
+        *,
+        bias: bool = True,
+        init_std: float | None = None,
+    ) -> None:
         super().__init__()
         inner = hidden_per_expert * num_experts
-        self.w1 = MasterLinear(hidden_size, inner)
-        self.w2 = MasterLinear(inner, num_experts)
-        self.w3 = MasterLinear(hidden_size, inner)
+        self.w1 = MasterLinear(hidden_size, inner, bias=bias)
+        self.w2 = MasterLinear(inner, num_experts, bias=bias)
+        self.w3 = MasterLinear(hidden_size, inner, bias=bias)
+        self.init_std = init_std
 
     def reads(self) -> list[MasterLinear]:
         """The layers that read the hidden state."""
@@ -54,4 +78,28 @@ class SwiGLUHead(nn.Module):
     def reset_parameters(self, init: Init) -> None:
         """Default weights, zero biases."""
         for module in (self.w1, self.w2, self.w3):
-            reset_linear(module, init)
+            reset_head_linear(module, init, self.init_std)
+
+
+def make_head(
+    hidden_size: int, num_experts: int, *, hidden_per_expert: int, bias: bool = True, init_std: float | None = None
+) -> LinearHead | SwiGLUHead:
+    """The SwiGLU head, or the linear one where `hidden_per_expert` is 0; see the classes for the arguments."""
+    if hidden_per_expert == 0:
+        return LinearHead(hidden_size, num_experts, bias=bias, init_std=init_std)
+    return SwiGLUHead(hidden_size, num_experts, hidden_per_expert, bias=bias, init_std=init_std)
+
+
+def reset_head_linear(linear: nn.Linear, init: Init, init_std: float | None) -> None:
+    """The weights that `init` gives, or N(0, init_std) where a router asks for that; zero bias."""
+    reset_linear(linear, init)
+    if init_std is not None:
+        nn.init.normal_(linear.weight, std=init_std)
+
+
+def check_hidden_per_expert(value: Any) -> None:
+    """Raise a UserError unless ``router.hidden_per_expert`` is an integer of at least 0."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise UserError(f"router.hidden_per_expert is {value!r}; it must be an integer >= 0.")
+    if value < 0:
+        raise UserError(f"router.hidden_per_expert is {value}; it must be 0 (linear router) or more.")

@@ -12,11 +12,10 @@ from typing import Literal
 import torch
 from torch import nn
 
-from moa_peft.errors import UserError
 from moa_peft.fields import check_choice, check_range
 from moa_peft.initialization import Init, MasterLinear, reset_linear
 from moa_peft.routers.base import ROUTERS, Router, RouterOptions
-from moa_peft.routers.heads import LinearHead, SwiGLUHead
+from moa_peft.routers.heads import check_hidden_per_expert, make_head
 from moa_peft.routing import Routing
 
 Threshold = Literal["none", "constant", "learned"]
@@ -42,12 +41,7 @@ class SigmoidRouterOptions(RouterOptions):
     threshold_temperature: float = 0.1
 
     def __post_init__(self) -> None:
-        if isinstance(self.hidden_per_expert, bool) or not isinstance(self.hidden_per_expert, int):
-            raise UserError(f"router.hidden_per_expert is {self.hidden_per_expert!r}; it must be an integer >= 0.")
-        if self.hidden_per_expert < 0:
-            raise UserError(
-                f"router.hidden_per_expert is {self.hidden_per_expert}; it must be 0 (linear router) or more."
-            )
+        check_hidden_per_expert(self.hidden_per_expert)
         check_choice("router.threshold", self.threshold, ("none", "constant", "learned"))
         check_choice("router.threshold_gradient", self.threshold_gradient, ("none", "straight_through", "shifted"))
         check_range("router.max_threshold", self.max_threshold, 0.0, 1.0)
@@ -85,24 +79,26 @@ class SigmoidRouter(Router):
     """Soft and Sparse MoA, see the module's docstring."""
 
     Options = SigmoidRouterOptions
-    neutral_weight = 0.5
+    scores_are_probabilities = False
     options: SigmoidRouterOptions
 
     def __init__(self, hidden_size: int, num_experts: int, options: SigmoidRouterOptions) -> None:
         super().__init__(hidden_size, num_experts, options)
-        if options.hidden_per_expert == 0:
-            self.head = LinearHead(hidden_size, num_experts)
-        else:
-            self.head = SwiGLUHead(hidden_size, num_experts, options.hidden_per_expert)
+        self.head = make_head(hidden_size, num_experts, hidden_per_expert=options.hidden_per_expert)
         self.threshold = MasterLinear(hidden_size, 1) if options.threshold == "learned" else None
+
+    @classmethod
+    def neutral_weight(cls, num_experts: int, options: SigmoidRouterOptions) -> float:
+        return 0.5
 
     def reads(self) -> list[MasterLinear]:
         return self.head.reads() + ([] if self.threshold is None else [self.threshold])
 
     def route(self, products: list[torch.Tensor]) -> Routing:
-        scores = torch.sigmoid(self.head.logits(products).float())
+        logits = self.head.logits(products).float()
+        scores = torch.sigmoid(logits)
         if self.options.threshold == "none":
-            return Routing(weights=scores, scores=scores)
+            return Routing(weights=scores, scores=scores, logits=logits)
         if self.threshold is None:
             threshold = torch.full_like(scores[..., :1], self.options.max_threshold)
         else:
@@ -113,7 +109,7 @@ class SigmoidRouter(Router):
             gradient=self.options.threshold_gradient,
             temperature=self.options.threshold_temperature,
         )
-        return Routing(weights=weights, scores=scores, threshold=threshold)
+        return Routing(weights=weights, scores=scores, threshold=threshold, logits=logits)
 
     def reset_parameters(self, init: Init) -> None:
         self.head.reset_parameters(init)
