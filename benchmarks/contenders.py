@@ -79,6 +79,7 @@ CONTENDERS["lora_64"] = Contender(
 PRESETS = tuple(name for name in METHODS if name != "lora")
 for _name in PRESETS:
     CONTENDERS[_name] = Contender(f"the preset {_name} with its defaults", partial(_preset_config, _name))
+STANDARD = tuple(name for name in CONTENDERS if name not in PRESETS)
 TIMED = (BASE, "lora", "soft", "soft_prompt", "sparse", "sparse_prompt")
 
 

@@ -56,4 +56,7 @@ def make_batch(options: Options) -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(options.seed + 1)
     shape = (options.batch, options.tokens)
     ids = torch.randint(3, options.sizes.vocabulary, shape, generator=generator).to(options.device)
-    return {"input_ids": ids, "labels": ids}
+    # The first token has no label in any causal model's loss; for mixtures that pool over the prompt it is the prompt.
+    labels = ids.clone()
+    labels[:, 0] = -100
+    return {"input_ids": ids, "labels": labels}

@@ -16,7 +16,7 @@ from torch import nn
 
 from benchmarks import cli
 from benchmarks.base import Options, Sizes
-from benchmarks.contenders import CONTENDERS, build, kept_fraction
+from benchmarks.contenders import CONTENDERS, PRESETS, STANDARD, build, kept_fraction
 from benchmarks.memory import footprint
 from benchmarks.models import base_model
 from benchmarks.operations import count_flops
@@ -314,7 +314,8 @@ def test_module_entry_point_teaches() -> None:
 
 @functools.cache
 def saved_rows(family: Any, dtype: Any, autocast: bool) -> list[Row]:
-    methods = tuple(CONTENDERS) if dtype == "float32" else SMALL
+    presets = PRESETS if family == "qwen3" else ()
+    methods = (*STANDARD, *presets) if dtype == "float32" else SMALL
     options = replace(BLOCKS, family=family, dtype=dtype, autocast=autocast, methods=methods)
     return BENCHMARKS["saved_bytes"]().run(options)
 
@@ -327,6 +328,12 @@ def test_saved_bytes_stay_below_the_frozen_base(family: Any) -> None:
     assert all(found[method] <= bound for method, bound in bounds.items()), found
     more = {method: ratio(rows, f"{method}_24", "saved_bytes", method) for method in ("soft", "sparse")}
     assert all(growth <= 1.1 for growth in more.values()), more
+
+
+def test_eight_experts_of_rank_8_keep_no_more_than_lora_of_rank_64() -> None:
+    rows = saved_rows("qwen3", "float32", False)
+    for method in ("molora", "hydralora", "moe_lora_topk", "adamole"):
+        assert ratio(rows, method, "saved_bytes") <= ratio(rows, "lora_64", "saved_bytes")
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen3", "gemma3"])
