@@ -16,7 +16,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.base import BENCHMARKS, Benchmark, Options, Track, silent
-from benchmarks.contenders import STANDARD, build
+from benchmarks.contenders import CONTENDERS, STANDARD, build
 from benchmarks.models import base_model, make_batch
 from benchmarks.rows import Row, rows_of
 from benchmarks.timing import forget_gradients, forward_context
@@ -71,8 +71,8 @@ class Operations(Benchmark):
     """See the module's docstring."""
 
     summary = "floating-point operations of a step and of a forward pass"
-    methods = tuple(STANDARD)
-    allowed = methods
+    methods = STANDARD
+    allowed = tuple(CONTENDERS)
 
     def run(self, options: Options, track: Track = silent) -> list[Row]:
         base, batch, names = base_model(options), make_batch(options), self.contenders(options)

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from benchmarks.base import BENCHMARKS, Benchmark, Options, Track, silent
-from benchmarks.contenders import STANDARD, build
+from benchmarks.contenders import CONTENDERS, STANDARD, build
 from benchmarks.memory import Footprint, footprint
 from benchmarks.models import base_model, make_batch
 from benchmarks.rows import BASE, Row, rows_of
@@ -28,7 +28,7 @@ def contender_footprint(name: str, base: nn.Module, options: Options) -> Footpri
     """The footprint of one contender's forward pass.
 
     Args:
-        name: a key of `STANDARD`.
+        name: a key of `CONTENDERS`.
         base: from `base_model`.
         options: batch, tokens and autocast.
     """
@@ -46,8 +46,8 @@ class SavedBytes(Benchmark):
     """See the module's docstring."""
 
     summary = "bytes saved for the backward pass, and bytes kept anywhere else"
-    methods = tuple(STANDARD)
-    allowed = methods
+    methods = STANDARD
+    allowed = tuple(CONTENDERS)
 
     def run(self, options: Options, track: Track = silent) -> list[Row]:
         base, names = base_model(options), self.contenders(options)

@@ -191,12 +191,12 @@ class FusedPath:
         """The prepared step of a generation; None where there is none, or something stands in its way."""
         if not call.decoding or not self.enabled or torch.is_autocast_enabled(x.device.type):
             return None
-        mixtures, routers = self.layer.mixtures[adapter_name], self.layer.routers(adapter_name)
+        mixtures = self.layer.mixtures[adapter_name]
         if not mixtures.linears:
             return None
 
         def make() -> DecodingStep | None:
-            sites = mixtures.linear_sites
+            sites, routers = mixtures.linear_sites, self.layer.routers(adapter_name)
             if not sites or len(sites) > len(mixtures.products):
                 return None
             if any(shared.obstacle() or shared.drops for shared in mixtures.shared.inputs.values()):
@@ -209,7 +209,9 @@ class FusedPath:
             return DecodingStep(mixtures, routers, owned=owned, dtype=x.dtype)
 
         key = ("step", adapter_name, self.layer.training, x.dtype)
-        return call.once_per_generation(key, mixtures.witness, make, lambda: mixtures.parameters(routers))
+        return call.once_per_generation(
+            key, mixtures.witness, make, lambda: mixtures.parameters(self.layer.routers(adapter_name))
+        )
 
     def layout(self, adapter_name: str, x: torch.Tensor | None = None) -> Layout:
         """Which sites share a product in this forward, or in one over many tokens like `x`."""

@@ -211,7 +211,7 @@ class MoALayer(nn.Module, BaseTunerLayer):
         call = self.calls.current()
         if call is None or call.prompt_ran:
             return
-        if any(slot.expert_type == "prompt" for name in call.running for slot in self.mixtures[name].slots):
+        if any(self.mixtures[name].prompts for name in call.running):
             attention = submodule(vars(self)["block"], self.architecture.attention)
             implementation = getattr(getattr(attention, "config", None), "_attn_implementation", "unknown")
             raise RuntimeError(
@@ -287,6 +287,10 @@ class MoALayer(nn.Module, BaseTunerLayer):
         call = self.calls.current()
         if call is None or not call.running:
             return None
+        if call.decoding and args and site[0] == site[1] and type(output) is torch.Tensor:
+            running = call.steps.get(call.running[0])
+            if running is not None and len(call.running) == 1:
+                return running.add(site, args[0], output)
         x = call.inputs.pop(site, None)
         if x is None:
             x = args[0] if args else next(iter(kwargs.values()))
@@ -353,15 +357,13 @@ class MoALayer(nn.Module, BaseTunerLayer):
             return []
         found = []
         for name in call.running:
-            for mixture in self.mixtures[name].mixtures.values():
-                for slot, columns in zip(mixture.slots, mixture.columns):
-                    if slot.expert_type == "prompt":
-                        expert = self.moa_experts[name].get_submodule(slot.name)
-                        if mixture.name == UNROUTED:
-                            found.append((expert, None))
-                        else:
-                            weights = self._routing(call, name, mixture.name).weights
-                            found.append((expert, weights[..., columns[0] : columns[0] + 1]))
+            for mixture, columns, slot in self.mixtures[name].prompts:
+                expert = self.moa_experts[name]._modules[slot.name]
+                if mixture.name == UNROUTED:
+                    found.append((expert, None))
+                else:
+                    weights = self._routing(call, name, mixture.name).weights
+                    found.append((expert, weights[..., columns[0] : columns[0] + 1]))
         return found
 
 

@@ -230,11 +230,19 @@ class BlockMixtures:
     @functools.cached_property
     def gated(self) -> list[tuple[Mixture, tuple[int, ...], Slot]]:
         """The experts inside the MLP, with their mixtures and columns."""
+        return self._of_kind("gated_mlp")
+
+    @functools.cached_property
+    def prompts(self) -> list[tuple[Mixture, tuple[int, ...], Slot]]:
+        """The experts in attention, with their mixtures and columns."""
+        return self._of_kind("attention")
+
+    def _of_kind(self, kind: str) -> list[tuple[Mixture, tuple[int, ...], Slot]]:
         return [
             (mixture, columns, slot)
             for mixture in self.mixtures.values()
             for slot, columns in zip(mixture.slots, mixture.columns)
-            if EXPERTS[slot.expert_type].site_kind == "gated_mlp"
+            if EXPERTS[slot.expert_type].site_kind == kind
         ]
 
     @functools.cached_property
