@@ -289,7 +289,7 @@ class MoALayer(nn.Module, BaseTunerLayer):
             return None
         if call.decoding and args and site[0] == site[1] and type(output) is torch.Tensor:
             running = call.steps.get(call.running[0])
-            if running is not None and len(call.running) == 1:
+            if running is not None and len(call.running) == 1 and site in running.step.writes:
                 return running.add(site, args[0], output)
         x = call.inputs.pop(site, None)
         if x is None:
