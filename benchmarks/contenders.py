@@ -55,6 +55,10 @@ def _preset_config(name: str, rank: int, copies: int) -> PeftConfig:
     return method_config(name)
 
 
+def _top_k_config(k: int, rank: int, copies: int) -> PeftConfig:
+    return method_config("moe_lora_topk", rank=rank, top_k=k)
+
+
 CONTENDERS: dict[str, Contender] = {
     BASE: Contender("the frozen base model; gradients pass through its activations and reach the embeddings"),
     "lora": Contender("PEFT LoRA on q, k, v, o and down", lora_config),
@@ -73,6 +77,10 @@ CONTENDERS: dict[str, Contender] = {
         moa_config("sparse_moa", prompt=False, threshold_gradient="none"),
     ),
 }
+for _k in (2, 4):
+    CONTENDERS[f"top_{_k}_of_8"] = Contender(
+        f"eight LoRA experts on each of q, k, v, o and down, {_k} per token", partial(_top_k_config, _k)
+    )
 CONTENDERS["lora_64"] = Contender(
     "PEFT LoRA of rank 64 on q, k, v, o and down", lambda rank, copies: method_config("lora", rank=64)
 )

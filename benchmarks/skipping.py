@@ -1,10 +1,11 @@
-"""What leaving out tokens without a weight saves in Sparse MoA, over the share of (token, expert) pairs that it keeps.
+"""What leaving out tokens without a weight saves in sparse mixtures, over the share of (token, expert) pairs kept.
 
 Anchors: the same mixture with every token taking part (``dense``), and the frozen base model.
 
-How: one mixture of six experts of rank 64, and one of 24 of rank 8. Each is measured dense, always leaving out
-tokens, and as the library decides by itself (``auto``), interleaved: a prompt's forward pass, and a training step
-without a gradient through the threshold (with the straight-through estimate, training needs every token).
+How: Sparse MoA of six experts of rank 64 and of 24 of rank 8, and eight LoRA experts of rank 64 on each linear layer
+of which a token keeps two or four. Each is measured dense, always leaving out tokens, and as the library decides by
+itself (``auto``), interleaved: a prompt's forward pass, and a training step without a gradient through the threshold
+(with the straight-through estimate, training needs every token).
 """
 
 from collections.abc import Iterator
@@ -22,6 +23,7 @@ from moa_peft import fused_path
 
 LARGE_RANK = 64
 FRACTIONS = (1.0, 0.75, 0.5, 0.25, 0.1)
+TOP_K = {"top_2_of_8": (0.25,), "top_4_of_8": (0.5,)}
 MODES: dict[str, dict[str, float] | None] = {"dense": {}, "always": {"cpu": 1.0, "cuda": 1.0}, "auto": None}
 
 
@@ -43,8 +45,8 @@ def skip_share(shares: dict[str, float] | None) -> Iterator[None]:
 class Skipping(Benchmark):
     """See the module's docstring."""
 
-    summary = "seconds of Sparse MoA over the share of experts it keeps, with and without leaving tokens out"
-    methods = (BASE, "sparse_cut", "sparse_cut_24")
+    summary = "seconds of sparse mixtures over the share of experts it keeps, with and without leaving tokens out"
+    methods = (BASE, "sparse_cut", "sparse_cut_24", *TOP_K)
     allowed = methods
     repeats = 7
 
@@ -58,7 +60,7 @@ class Skipping(Benchmark):
             against = {BASE: [BASE]}
             for method in self.contenders(options)[1:]:
                 large = options if method.endswith("_24") else options.changed(rank=max(LARGE_RANK, options.rank))
-                for fraction in FRACTIONS:
+                for fraction in TOP_K.get(method, FRACTIONS):
                     at = large.changed(active_fraction=fraction)
                     model = build(method, base, at, train=train)
                     dense = f"{method}[kept={fraction}, dense]"

@@ -42,7 +42,8 @@ def check_adapter_name(adapter_name: str, model: nn.Module, config: MoAConfig, p
             f"The model already has an adapter called {adapter_name!r}. Choose another name, or first remove that one "
             f"with delete_adapter({adapter_name!r}), or take all adapters off with the wrapped model's unload()."
         )
-    added = _parts_of(config, plan)
+    hidden_size = model.config.get_text_config().hidden_size  # type: ignore[union-attr, operator]
+    added = _parts_of(config, plan, hidden_size)
     present = {part for name, _ in model.named_parameters() for part in name.split(".")} - others
     if adapter_name in added | present:
         raise UserError(
@@ -56,6 +57,6 @@ def check_adapter_name(adapter_name: str, model: nn.Module, config: MoAConfig, p
         )
 
 
-def _parts_of(config: MoAConfig, plan: Plan) -> set[str]:
+def _parts_of(config: MoAConfig, plan: Plan, hidden_size: int) -> set[str]:
     """The components of the names of a new adapter's tensors, but for its own name."""
-    return _WRAPPERS | {part for name in mixture_shapes(config, plan, 1) for part in name.split(".")}
+    return _WRAPPERS | {part for name in mixture_shapes(config, plan, hidden_size) for part in name.split(".")}

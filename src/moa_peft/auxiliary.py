@@ -30,30 +30,46 @@ from moa_peft.routing import Routing
 Scale = float | torch.Tensor
 
 
+class Attachment:
+    """Whether the losses of one routing count.
+
+    A routing that another one replaced in the same forward is not used, and neither are its losses.
+    """
+
+    def __init__(self) -> None:
+        self.counts = True
+
+
 class _AddLoss(torch.autograd.Function):
-    """The first argument unchanged; in the backward pass the second one gets a gradient of 1."""
+    """The first argument unchanged; in the backward pass the second one gets a gradient of 1, or 0 if it does not
+    count.
+    """
 
     @staticmethod
-    def forward(weights: torch.Tensor, loss: torch.Tensor) -> torch.Tensor:
+    def forward(weights: torch.Tensor, loss: torch.Tensor, attachment: Attachment | None) -> torch.Tensor:
         return weights.view_as(weights)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[torch.Tensor, torch.Tensor], output: torch.Tensor) -> None:
-        ctx.loss_dtype = inputs[1].dtype
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
+        ctx.loss_dtype, ctx.attachment = inputs[1].dtype, inputs[2]
 
     @staticmethod
-    def backward(ctx: Any, *grad_outputs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def backward(ctx: Any, *grad_outputs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None]:
         (gradient,) = grad_outputs
-        return gradient, torch.ones((), dtype=ctx.loss_dtype, device=gradient.device)
+        counts = ctx.attachment is None or ctx.attachment.counts
+        return gradient, torch.full((), float(counts), dtype=ctx.loss_dtype, device=gradient.device), None
 
 
-def add_loss(weights: torch.Tensor, loss: torch.Tensor, scale: Scale = 1.0) -> torch.Tensor:
+def add_loss(
+    weights: torch.Tensor, loss: torch.Tensor, scale: Scale = 1.0, attachment: Attachment | None = None
+) -> torch.Tensor:
     """``weights`` unchanged, whose backward pass also adds the gradient of ``scale * loss``.
 
     Args:
         weights: any tensor that the loss of the training loop depends on; no memory is used for it.
         loss: scalar on the device of `weights`.
         scale: what the loss is multiplied by.
+        attachment: says in the backward pass whether the loss counts; None: it does.
 
     Returns:
         A view of `weights`.
@@ -61,7 +77,7 @@ def add_loss(weights: torch.Tensor, loss: torch.Tensor, scale: Scale = 1.0) -> t
     if isinstance(scale, torch.Tensor):
         # One scale serves layers on different devices.
         scale = scale.to(loss.device)
-    return _AddLoss.apply(weights, loss * scale)  # type: ignore[return-value]
+    return _AddLoss.apply(weights, loss * scale, attachment)  # type: ignore[return-value]
 
 
 def with_losses(
@@ -73,6 +89,7 @@ def with_losses(
     reduce: Reduce,
     log: Callable[[str, torch.Tensor], None],
     num_routers: int = 1,
+    attachment: Attachment | None = None,
 ) -> Routing:
     """The routing with the losses of its router attached to its weights.
 
@@ -84,6 +101,7 @@ def with_losses(
         reduce: see `moa_peft.losses.loss_values`.
         log: is given the name and value of each loss, detached, without coefficient and scale.
         num_routers: of the model, for losses that are a mean over them.
+        attachment: see `add_loss`.
     """
     if not losses or not torch.is_grad_enabled() or not routing.weights.requires_grad:
         return routing
@@ -93,7 +111,7 @@ def with_losses(
         value = values[loss.name] * _share(loss, num_routers)
         log(loss.name, value.detach())
         total = total + loss.options.coefficient * value
-    return replace(routing, weights=add_loss(routing.weights, total, scale))
+    return replace(routing, weights=add_loss(routing.weights, total, scale, attachment))
 
 
 def _share(loss: Loss, num_routers: int) -> float:
@@ -170,6 +188,7 @@ class Auxiliary:
         tokens: torch.Tensor | None,
         *,
         training: bool,
+        attachment: Attachment | None = None,
     ) -> Routing:
         """The routing of one forward with the losses of its router, in training.
 
@@ -179,6 +198,7 @@ class Auxiliary:
             routing: what its router returned.
             tokens: ``[B, T]`` bool, True where a token is no padding; None: no padding.
             training: whether the layer is in training mode.
+            attachment: see `add_loss`.
         """
         found = self._attached.get(adapter_name, {}).get(mixture_name)
         if found is None or not training:
@@ -195,6 +215,7 @@ class Auxiliary:
             reduce=found.reduce,
             log=log,
             num_routers=found.num_routers,
+            attachment=attachment,
         )
 
     def has_losses(self, adapter_names: Sequence[str]) -> bool:

@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 
 import torch
 
+from moa_peft.auxiliary import Attachment
 from moa_peft.decoding import RunningStep
 from moa_peft.packed import is_transformed
 from moa_peft.pooling import Pooling
@@ -45,6 +46,7 @@ class Call:
         running: names of the adapters that act.
         routings: adapter name and mixture name to its routing.
         routed_from: the same to what the router read, for routers at a site.
+        attachments: adapter name and mixture name to whether the losses of its routing count.
         inputs: what sites read whose two modules differ.
         shared: adapter name and input name to the tensor that was read, and each site's weighted inner activations.
         steps: adapter name to its prepared step, while decoding.
@@ -59,6 +61,7 @@ class Call:
     running: tuple[str, ...] = ()
     routings: dict[str, dict[str, Routing]] = field(default_factory=lambda: defaultdict(dict))
     routed_from: dict[tuple[str, str], torch.Tensor] = field(default_factory=dict)
+    attachments: dict[tuple[str, str], Attachment] = field(default_factory=dict)
     inputs: dict[Site, torch.Tensor] = field(default_factory=dict)
     shared: dict[tuple[str, str], tuple[torch.Tensor, dict[Site, torch.Tensor]]] = field(default_factory=dict)
     steps: dict[str, RunningStep] = field(default_factory=dict)

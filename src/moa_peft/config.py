@@ -20,7 +20,7 @@ from moa_peft.peft_type import MOA
 from moa_peft.routers import ROUTERS, RouterOptions
 from moa_peft.version import __version__
 
-MOA_FORMAT = 1
+MOA_FORMAT = 2
 """Version of the adapter files; raised when older code could no longer read them rightly."""
 
 Scope = Literal["block", "module", "mlp"]
@@ -126,7 +126,7 @@ class MoAConfig(PeftConfig):
                 f"scope is {self.scope!r}, and the prompt expert is no linear layer and in no MLP. Use scope 'block', "
                 "or give it 'routed': false (weight 1)."
             )
-        if self.router_input == "core" and any(not EXPERTS[kind].holds_copies for kind, _ in routed):
+        if self.router_input == "core" and any(kind not in ("core", "hydra") for kind, _ in routed):
             raise UserError(
                 "router_input is 'core', what the shared A of a module's experts returns; every routed expert must be "
                 "of type 'core' or 'hydra' then. Use router_input 'input'."

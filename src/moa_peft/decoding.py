@@ -111,7 +111,7 @@ class RunningStep:
         for mixture, router in packed.by_core:
             self.keep(mixture, router(packed.shared.read_of(mixture, z).reshape(*x.shape[:-1], -1)))
         scales, weights = self._scales(name, packed, z)
-        inner = packed.shared.by_site(z, scales, weights)
+        inner = packed.shared.scaled(z, scales, weights)
         self.read[name] = (x, inner)
         return inner
 

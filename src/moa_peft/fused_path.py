@@ -21,9 +21,9 @@ from moa_peft.initialization import MasterLinear
 from moa_peft.listeners import is_plain
 from moa_peft.mixture import Layout
 from moa_peft.mlp import MLPSite, install_fused_mlp, uninstall_fused_mlp
-from moa_peft.obstacles import owns_output, routing_obstacle
-from moa_peft.packed import by_layer, columns, has_backward, is_transformed, read, read_matrix
-from moa_peft.products import SharedInput, SiteProduct, add_product
+from moa_peft.obstacles import owns_output, routing_obstacle, site_obstacle
+from moa_peft.packed import by_layer, columns, has_backward, is_transformed, read, read_dropped, read_matrix
+from moa_peft.products import SharedInput, SiteProduct, add_product, is_same_tensor
 from moa_peft.prompt_addition import (
     PromptState,
     fold,
@@ -43,8 +43,8 @@ Held = tuple[torch.Tensor, dict[Site, torch.Tensor]]
 
 EMPTY: Mapping[MasterLinear, torch.Tensor] = {}
 
-GatedDown = Callable[[Sequence[torch.Tensor]], tuple[torch.Tensor, torch.Tensor | None]]
-"""Matrices that read the input of the down projection to its output, and to what they read."""
+GatedDown = Callable[..., tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]]
+"""`moa_peft.glu.gated_down` from its argument `reads` on."""
 
 SKIP_SHARE = {"cpu": 0.6}
 """By device: up to this share of tokens with a weight, a large site reads and adds to these alone. Measured with
@@ -138,8 +138,11 @@ class FusedPath:
         shared = layout.read_by(site)
         held = call.shared.get((adapter_name, shared.name))
         in_place = owns_output(self.layer, module)
-        if held is None or not _same(held[0], x):
-            if shared.obstacle():
+        if held is not None and not is_same_tensor(held[0], x):
+            # This site reads another tensor than those before it: it reads, and its own router routes, by itself.
+            shared, held = shared.by_site[site], None
+        if held is None:
+            if site_obstacle(self.layer, adapter_name, shared):
                 return None
             if site in layout.alone:
                 self._route_at(call, adapter_name, shared, x)
@@ -254,14 +257,13 @@ class FusedPath:
         pending = [name for name in routed if call.routed_from.get((adapter_name, name)) is not x]
         router_reads = [(name, routers[name], routers[name].reads()) for name in pending]
         linears = shared.linears()
-        read_x = F.dropout(x, shared.dropout) if shared.drops else x
         reads = list(dict.fromkeys(linear for _, _, own in router_reads for linear in own))
-        if read_x is x and reads:
+        if reads and not shared.drops:
             rank = sum(linear.out_features for linear in linears)
             product = self._read(x, [*linears, *reads])
             z, product = product.split([rank, product.shape[-1] - rank], dim=-1)
         else:
-            z = self._read(read_x, linears)
+            z = self._read(x, linears, dropout=shared.dropout if shared.drops else 0.0)
             product = self._read(x, reads) if reads else z
         products = by_layer(product, reads) if reads else {}
         return self._weigh(call, adapter_name, shared, x, z, router_reads, products)
@@ -289,10 +291,15 @@ class FusedPath:
         return held
 
     def _read(
-        self, x: torch.Tensor, linears: Sequence[MasterLinear], index: torch.Tensor | None = None
+        self,
+        x: torch.Tensor,
+        linears: Sequence[MasterLinear],
+        index: torch.Tensor | None = None,
+        dropout: float = 0.0,
     ) -> torch.Tensor:
         if has_backward():
-            return read(x, linears, index)
+            return read_dropped(x, linears, dropout) if dropout else read(x, linears, index)
+        x = F.dropout(x, dropout) if dropout else x
         if index is not None:
             x = x.reshape(-1, x.shape[-1]).index_select(0, index)
         return linear(x, *read_matrix(linears, x.dtype))
@@ -351,7 +358,8 @@ class FusedPath:
             site: the down projection.
             gated_down: `moa_peft.glu.gated_down`, but for the matrices that read what the down projection reads.
         """
-        reading = []
+        reading, linears, dropping = [], [], []
+        dropout = 0.0
         for name in call.running:
             mixtures = self.layer.mixtures[name]
             if site in mixtures.products:
@@ -359,15 +367,19 @@ class FusedPath:
                 routers = [(n, self.layer.routers(name)[n]) for n in self._routers_at(name, shared)]
                 router_reads = [(n, router, router.reads()) for n, router in routers]
                 reading.append((name, mixtures.products[site], shared, router_reads))
-        linears = [linear for _, _, shared, _ in reading for linear in shared.linears()]
-        linears += [linear for *_, router_reads in reading for *_, own in router_reads for linear in own]
+                (dropping if shared.drops else linears).extend(shared.linears())
+                linears += [linear for *_, own in router_reads for linear in own]
+                dropout = shared.dropout if shared.drops else dropout
         linears = list(dict.fromkeys(linears))
-        output, read_h = gated_down([linear.weight for linear in linears])
-        if read_h is None:
-            return output
-        bias = read_matrix(linears, read_h.dtype)[1]
-        read_h = read_h if bias is None else read_h + bias
-        products = by_layer(read_h, linears)
+        output, read_h, read_dropped_h = gated_down(
+            [linear.weight for linear in linears], [linear.weight for linear in dropping], dropout
+        )
+        products: dict[MasterLinear, torch.Tensor] = {}
+        if read_h is not None:
+            bias = read_matrix(linears, read_h.dtype)[1]
+            products |= by_layer(read_h if bias is None else read_h + bias, linears)
+        if read_dropped_h is not None:
+            products |= by_layer(read_dropped_h, dropping)
         for name, product, shared, router_reads in reading:
             pieces = [products[linear] for linear in shared.linears()]
             z = pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=-1)
@@ -380,14 +392,3 @@ def _writes(product: SiteProduct, output: torch.Tensor) -> torch.Tensor | Sequen
     """What a site's experts write with: the parts, or, where our own backward passes serve nobody, their matrix."""
     parts = product.writes()
     return parts if has_backward() else columns(parts, output.dtype)
-
-
-def _same(read: torch.Tensor, x: torch.Tensor) -> bool:
-    """Whether `x` is what was read, or the same memory in another shape (heads side by side)."""
-    if read is x:
-        return True
-    if torch.compiler.is_compiling() or read.dim() != x.dim() + 1 or read.numel() != x.numel():
-        return False
-    if read.dtype != x.dtype or read.requires_grad != x.requires_grad:
-        return False
-    return read.data_ptr() == x.data_ptr() and read.is_contiguous() and x.is_contiguous()

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import nn
 from transformers.activations import GELUActivation, GELUTanh, SiLUActivation
 
-from moa_peft.packed import rows, split_rows
+from moa_peft.packed import drop_mask, dropped, rows, split_rows
 
 Derivative = Callable[..., torch.Tensor]
 """Gradient of the output and input of an activation to the gradient of its input, written to ``grad_input``."""
@@ -34,9 +34,15 @@ def derivative_of(activation: nn.Module | None) -> Derivative | None:
 
 
 def gated_down(
-    gate: torch.Tensor, up: torch.Tensor, activation: nn.Module, down: nn.Linear, reads: Sequence[torch.Tensor]
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """``h W^T + b`` and ``h A^T`` with ``h = act(gate) * up``.
+    gate: torch.Tensor,
+    up: torch.Tensor,
+    activation: nn.Module,
+    down: nn.Linear,
+    reads: Sequence[torch.Tensor],
+    dropped_reads: Sequence[torch.Tensor] = (),
+    dropout: float = 0.0,
+) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+    """``h W^T + b``, ``h A^T`` and ``dropout(h) A_d^T`` with ``h = act(gate) * up``.
 
     Args:
         gate: ``[.., F]``.
@@ -44,42 +50,57 @@ def gated_down(
         activation: one that `derivative_of` knows.
         down: the frozen down projection W, b.
         reads: the parts of A ``[R, F]``: what experts and routers beside it read with; may be empty.
+        dropped_reads: the parts of A_d ``[R', F]``, what experts with dropout read with; may be empty.
+        dropout: probability of dropping an element for these.
 
     Returns:
-        ``[.., D]``, and ``[.., R]``, or None where nothing reads.
+        ``[.., D]``, ``[.., R]`` and ``[.., R']``, or None where nothing reads.
     """
-    return _GatedDown.apply(gate, up, down.weight, down.bias, activation, *reads)  # type: ignore
+    parts = (*reads, *dropped_reads)
+    return _GatedDown.apply(gate, up, down.weight, down.bias, activation, dropout, len(reads), *parts)  # type: ignore
 
 
 class _GatedDown(torch.autograd.Function):
     """See `gated_down`."""
 
     @staticmethod
-    def forward(ctx: Any, gate, up, weight, bias, activation, *reads):  # type: ignore[no-untyped-def]
+    def forward(ctx: Any, gate, up, weight, bias, activation, dropout, num_reads, *parts):  # type: ignore[no-untyped-def]
         # The module's forward without its call: profilers hook calls, and these tensors are in no graph of theirs.
         h = activation.forward(gate)
         h = h.mul_(up) if h is not gate else h * up
-        ctx.save_for_backward(gate, up, weight, *reads)
-        ctx.activation = activation
+        reads, dropped_reads = parts[:num_reads], parts[num_reads:]
+        mask = drop_mask(h, dropout) if dropped_reads else None
+        ctx.save_for_backward(gate, up, weight, mask, *parts)
+        ctx.activation, ctx.dropout, ctx.num_reads = activation, dropout, num_reads
         ctx.set_materialize_grads(False)
-        return F.linear(h, weight, bias), F.linear(h, rows(reads, h.dtype)) if reads else None
+        return (
+            F.linear(h, weight, bias),
+            F.linear(h, rows(reads, h.dtype)) if reads else None,
+            F.linear(dropped(h, mask, dropout), rows(dropped_reads, h.dtype)) if mask is not None else None,
+        )
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, d_output, d_z):  # type: ignore[no-untyped-def]
-        gate, up, weight, *reads = ctx.saved_tensors
+    def backward(ctx: Any, d_output, d_z, d_dropped):  # type: ignore[no-untyped-def]
+        gate, up, weight, mask, *parts = ctx.saved_tensors
+        reads, dropped_reads = parts[: ctx.num_reads], parts[ctx.num_reads :]
         width, shape = gate.shape[-1], gate.shape
         gate, up = gate.reshape(-1, width), up.reshape(-1, width)
         activated = ctx.activation.forward(gate)
-        h = torch.empty_like(activated) if d_z is None else activated * up
+        nothing_read = d_z is None and d_dropped is None
+        h = torch.empty_like(activated) if nothing_read else activated * up
         d_h = torch.zeros_like(gate) if d_output is None else d_output.reshape(-1, d_output.shape[-1]) @ weight
-        d_reads: list[torch.Tensor | None] = [None] * len(reads)
+        d_parts: list[torch.Tensor | None] = [None] * len(parts)
         if d_z is not None:
             d_flat = d_z.reshape(-1, d_z.shape[-1])
-            d_reads = [*split_rows(d_flat.t() @ h, reads)]
+            d_parts[: ctx.num_reads] = split_rows(d_flat.t() @ h, reads)
             d_h.addmm_(d_flat, rows(reads, d_h.dtype))
+        if d_dropped is not None:
+            mask, d_flat = mask.reshape(-1, width), d_dropped.reshape(-1, d_dropped.shape[-1])
+            d_parts[ctx.num_reads :] = split_rows(d_flat.t() @ dropped(h, mask, ctx.dropout), dropped_reads)
+            d_h += dropped(d_flat @ rows(dropped_reads, d_h.dtype), mask, ctx.dropout)
         d_up = activated.mul_(d_h)
         derivative = derivative_of(ctx.activation)
         assert derivative is not None
         d_gate = derivative(d_h.mul_(up), gate, grad_input=h)
-        return d_gate.view(shape), d_up.view(shape), None, None, None, *d_reads
+        return d_gate.view(shape), d_up.view(shape), None, None, None, None, None, *d_parts

@@ -11,7 +11,7 @@ one of `moa_peft.fused_path`.
 import copy
 from collections.abc import Callable
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -19,11 +19,11 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from moa_peft.architectures import Architecture
-from moa_peft.auxiliary import Auxiliary
+from moa_peft.auxiliary import Attachment, Auxiliary
 from moa_peft.call import Call, Calls
 from moa_peft.config import MoAConfig
 from moa_peft.errors import UserError
-from moa_peft.experts import EXPERTS, MlpLoraExpert, PromptExpert
+from moa_peft.experts import EXPERTS, PromptExpert
 from moa_peft.fused_path import FusedPath
 from moa_peft.losses import parse_losses
 from moa_peft.mixture import BlockMixtures, Mixture, make_routers
@@ -187,8 +187,13 @@ class MoALayer(nn.Module, BaseTunerLayer):
                 self._route(call, name, BLOCK, F.rms_norm(hidden, (hidden.shape[-1],)))
 
     def finish(self) -> None:
-        """Called when the block ends, however it ends: nothing of the call is kept."""
+        """Called when the block ends, however it ends: who records gets the routings, and nothing else is kept."""
+        call = self.calls.current()
         self.calls.finish()
+        if self.recorder is not None and call is not None:
+            for adapter_name, routings in call.routings.items():
+                for mixture, routing in routings.items():
+                    self.recorder(adapter_name, mixture, routing)
 
     def _route(self, call: Call, adapter_name: str, mixture: str, hidden: torch.Tensor) -> None:
         router = self.routers(adapter_name)[mixture]
@@ -200,11 +205,19 @@ class MoALayer(nn.Module, BaseTunerLayer):
         self.keep_routing(call, adapter_name, mixture, routing)
 
     def keep_routing(self, call: Call, adapter_name: str, mixture: str, routing: Routing) -> None:
-        """Keep a routing for the sites of the block, with its auxiliary losses, and hand it to who records."""
-        routing = self.auxiliary.attach(adapter_name, mixture, routing, call.tokens, training=self.training)
+        """Keep a routing for the sites of the block, with its auxiliary losses, instead of an earlier one."""
+        if call.tokens is not None:
+            earlier = call.attachments.get((adapter_name, mixture))
+            if earlier is not None:
+                earlier.counts = False
+            # A compiled forward has one routing for each router, and no place for such an object.
+            attachment = None if torch.compiler.is_compiling() else Attachment()
+            if attachment is not None:
+                call.attachments[adapter_name, mixture] = attachment
+            routing = self.auxiliary.attach(
+                adapter_name, mixture, routing, call.tokens, training=self.training, attachment=attachment
+            )
         call.routings[adapter_name][mixture] = routing
-        if self.recorder is not None:
-            self.recorder(adapter_name, mixture, routing)
 
     def check_prompt_ran(self) -> None:
         """Raise if a prompt expert should have acted and did not, instead of training without it."""
@@ -323,12 +336,18 @@ class MoALayer(nn.Module, BaseTunerLayer):
             return x.new_ones(*x.shape[:-1], len(columns))
         key = (adapter_name, mixture.name)
         if mixture.is_at_site and call.routed_from.get(key) is not x:
-            read = expert.lora_A(x) if self.mixtures[adapter_name].router_input == "core" else x  # type: ignore
+            by_core = self.mixtures[adapter_name].router_input == "core"
+            read = expert.lora_A(expert.dropout(x)) if by_core else x  # type: ignore[operator]
             self._route(call, adapter_name, mixture.name, read)
             call.routed_from[key] = x
-        return self._routing(call, adapter_name, mixture.name).weight_of(columns, like=x)
+        return self.routing_of(call, adapter_name, mixture.name).weight_of(columns, like=x)
 
-    def _routing(self, call: Call, adapter_name: str, mixture: str) -> Routing:
+    def routing_of(self, call: Call, adapter_name: str, mixture: str) -> Routing:
+        """The routing of a mixture in this forward.
+
+        Raises:
+            RuntimeError: if its router has not run.
+        """
         routing = call.routings[adapter_name].get(mixture)
         if routing is None:
             raise RuntimeError(
@@ -337,18 +356,6 @@ class MoALayer(nn.Module, BaseTunerLayer):
                 "modules with MoAConfig(architecture=...), or use router_input='residual'."
             )
         return routing
-
-    def gated_experts(self, call: Call) -> list["GatedExpert"]:
-        """The experts that act inside the MLP in this forward."""
-        found = []
-        for name in call.running:
-            for mixture, columns, slot in self.mixtures[name].gated:
-                expert = self.moa_experts[name].get_submodule(slot.name)
-                assert isinstance(expert, MlpLoraExpert)
-                router = self.routers(name)[mixture.name]
-                weights = self._routing(call, name, mixture.name).weights[..., columns[0] : columns[-1] + 1]
-                found.append(GatedExpert(expert, weights, router.may_skip(with_gradient=torch.is_grad_enabled())))
-        return found
 
     def prompt_slots(self) -> list[tuple[PromptExpert, torch.Tensor | None]]:
         """The prompt experts that act in this forward, with their routing weights ``[B, T, 1]``; None is 1."""
@@ -362,23 +369,9 @@ class MoALayer(nn.Module, BaseTunerLayer):
                 if mixture.name == UNROUTED:
                     found.append((expert, None))
                 else:
-                    weights = self._routing(call, name, mixture.name).weights
+                    weights = self.routing_of(call, name, mixture.name).weights
                     found.append((expert, weights[..., columns[0] : columns[0] + 1]))
         return found
-
-
-class GatedExpert(NamedTuple):
-    """An expert inside the MLP in one forward.
-
-    Attributes:
-        expert: the expert.
-        weights: ``[.., n]`` its routing weights.
-        skips: whether it may leave out tokens without a weight.
-    """
-
-    expert: MlpLoraExpert
-    weights: torch.Tensor
-    skips: bool
 
 
 def _execution_device(block: nn.Module) -> torch.device | None:

@@ -9,6 +9,7 @@ from moa_peft.experts import EXPERTS
 from moa_peft.listeners import is_plain, listens_alone
 from moa_peft.mixture import Layout
 from moa_peft.mlp import MLP_SITE, SWITCHED_OFF
+from moa_peft.products import SharedInput
 from moa_peft.sites import BLOCK
 
 if TYPE_CHECKING:
@@ -65,6 +66,16 @@ def routing_obstacle(layer: "MoALayer", adapter_name: str, mixture: str, layout:
     if not (is_plain(router) and all(is_plain(module) for module in router.reads())):
         return "a hook listens to the router, or keeps its weights elsewhere"
     return layout.inputs[layout.router_at[mixture]].obstacle()
+
+
+def site_obstacle(layer: "MoALayer", adapter_name: str, shared: SharedInput) -> str | None:
+    """Why the experts at a shared input, or the routers at their sites, take the plain path; None: they do not."""
+    routers = layer.routers(adapter_name)
+    for name in shared.routers:
+        router = routers[name]
+        if not (is_plain(router) and all(is_plain(module) for module in router.reads())):
+            return "a hook listens to a router, or keeps its weights elsewhere"
+    return shared.obstacle()
 
 
 def owns_output(layer: "MoALayer", module: nn.Module) -> bool:

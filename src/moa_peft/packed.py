@@ -88,6 +88,54 @@ def read(x: torch.Tensor, linears: Sequence[MasterLinear], index: torch.Tensor |
     return _Read.apply(x, index, *tensors)  # type: ignore[return-value]
 
 
+def drop_mask(x: torch.Tensor, dropout: float) -> torch.Tensor:
+    """A bool of the shape of `x`, False with the probability `dropout`."""
+    return torch.empty_like(x, dtype=torch.bool).bernoulli_(1 - dropout)
+
+
+def dropped(x: torch.Tensor, mask: torch.Tensor, dropout: float) -> torch.Tensor:
+    """`x` where the mask is True, times ``1 / (1 - dropout)``; 0 elsewhere."""
+    return (x * mask).mul_(1 / (1 - dropout))
+
+
+def read_dropped(x: torch.Tensor, linears: Sequence[MasterLinear], dropout: float) -> torch.Tensor:
+    """What several layers without bias make of ``dropout(x)``, side by side.
+
+    The mask is kept for the backward pass, one byte for each element, and not what it leaves of `x`.
+
+    Args:
+        x: ``[.., in]``.
+        linears: the layers.
+        dropout: probability of dropping an element.
+
+    Returns:
+        ``[.., R]`` in the dtype of `x` (of autocast).
+    """
+    return _ReadDropped.apply(x, dropout, *[linear.weight for linear in linears])  # type: ignore[return-value]
+
+
+class _ReadDropped(torch.autograd.Function):
+    """See `read_dropped`."""
+
+    @staticmethod
+    def forward(ctx: Any, x, dropout, *weights):  # type: ignore[no-untyped-def]
+        mask = drop_mask(x, dropout)
+        ctx.save_for_backward(x, mask, *weights)
+        ctx.dropout = dropout
+        return F.linear(dropped(x, mask, dropout), rows(weights, x.dtype))
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, d_z):  # type: ignore[no-untyped-def]
+        x, mask, *weights = ctx.saved_tensors
+        flat = d_z.reshape(-1, d_z.shape[-1])
+        d_x = None
+        if ctx.needs_input_grad[0]:
+            d_x = dropped((flat @ rows(weights, flat.dtype)).to(x.dtype).view(x.shape), mask, ctx.dropout)
+        read_x = dropped(x, mask, ctx.dropout).reshape(-1, x.shape[-1]).to(flat.dtype)
+        return d_x, None, *split_rows(flat.t() @ read_x, weights)
+
+
 class _Read(torch.autograd.Function):
     """See `read`."""
 

@@ -208,9 +208,10 @@ def _shared_roles(slots: list[Slot]) -> list[Slot]:
 
 def _is_fused_twin(first: Slot, second: Slot) -> bool:
     a, b = first.options, second.options
-    if not (isinstance(a, LoraOptions) and isinstance(b, LoraOptions)):
+    if a is b or not (isinstance(a, LoraOptions) and isinstance(b, LoraOptions)):
         return False
-    return a is not b and a.target != b.target and a.target in ROLES and b.target in ROLES
+    one, other = ({t.target} if isinstance(t.target, str) else set(t.target) for t in (a, b))
+    return one.isdisjoint(other) and (one | other) <= set(ROLES)
 
 
 def _without_target(slot: Slot) -> dict[str, object]:

@@ -165,6 +165,21 @@ class SharedInput:
         self._spreads: dict[tuple[object, ...], torch.Tensor] = {}
 
     @functools.cached_property
+    def by_site(self) -> dict[Site, "SharedInput"]:
+        """Every site by itself, with the routers of its own experts."""
+        found = {}
+        for product in self.products:
+            own = {part.mixture for part in product.parts}
+            found[product.site] = SharedInput(
+                f"{self.name}, {' > '.join(product.site)} alone",
+                [product],
+                widths=self._widths,
+                routers=tuple(router for router in self.routers if router in own),
+                routed_by_core=bool(self.routed_by_core),
+            )
+        return found
+
+    @functools.cached_property
     def singles(self) -> list["SharedInput"]:
         """Every expert here by itself."""
         return [
@@ -234,9 +249,9 @@ class SharedInput:
         Returns:
             ``[.., R of the site]``, followed by a column with the weight of each write bias.
         """
-        return self.by_site(z, weights @ self.spread_matrix(weights.dtype, weights.device), weights)
+        return self.scaled(z, weights @ self.spread_matrix(weights.dtype, weights.device), weights)
 
-    def by_site(self, z: torch.Tensor, scales: torch.Tensor, weights: torch.Tensor) -> dict[Site, torch.Tensor]:
+    def scaled(self, z: torch.Tensor, scales: torch.Tensor, weights: torch.Tensor) -> dict[Site, torch.Tensor]:
         """The same as `weighted`, from ``weights @ spread_matrix``."""
         z = self._activated(z)
         if self.is_simple:
@@ -312,3 +327,14 @@ def add_product(
     else:
         total = flat.addmm_(inner, write.t()) if owned else torch.addmm(flat, inner, write.t())
     return total.view(output.shape)
+
+
+def is_same_tensor(read: torch.Tensor, x: torch.Tensor) -> bool:
+    """Whether `x` is what was read, or the same memory in another shape (heads side by side)."""
+    if read is x:
+        return True
+    if torch.compiler.is_compiling() or read.dim() != x.dim() + 1 or read.numel() != x.numel():
+        return False
+    if read.dtype != x.dtype or read.requires_grad != x.requires_grad:
+        return False
+    return read.data_ptr() == x.data_ptr() and read.is_contiguous() and x.is_contiguous()

@@ -11,6 +11,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from moa_peft.config import MoAConfig
+from moa_peft.errors import UserError
 from moa_peft.layer import MoALayer
 from moa_peft.mixture import mixtures_of
 from moa_peft.plan import Plan
@@ -74,6 +75,24 @@ def share_networks(model: nn.Module, block_name: str, layer: MoALayer, adapter_n
             networks[width] = network.to(next(router.parameters()).device)
             held.set_adapter(layer.active_adapters)
         router.share(networks[width])
+
+
+def check_devices(model: nn.Module, plan: Plan, config: MoAConfig) -> None:
+    """Refuse a model whose blocks are on several devices, where the routers share a network.
+
+    Raises:
+        UserError: naming the devices.
+    """
+    assert config.router is not None
+    if ROUTERS[config.router["type"]].shared_network(1, config.router_options()) is None:
+        return
+    first = (next(model.get_submodule(block).parameters(), None) for block in plan.blocks)
+    devices = sorted({str(parameter.device) for parameter in first if parameter is not None})
+    if len(devices) > 1:
+        raise UserError(
+            f"The router {config.router['type']!r} shares one network between all blocks, and these are on several "
+            f"devices ({', '.join(devices)}). Load the model on one device, or use another router."
+        )
 
 
 def shared_shapes(config: MoAConfig, plan: Plan, hidden_size: int) -> dict[str, torch.Size]:

@@ -102,7 +102,8 @@ class SiteFinder:
         if kind == "linear":
             assert isinstance(options, LoraOptions)
             targets = [options.target] if isinstance(options.target, str) else options.target
-            paths = [path for target in targets for path in self._linears(target, block)]
+            # Roles that share a linear layer are one expert.
+            paths = list(dict.fromkeys(path for target in targets for path in self._linears(target, block)))
             prefix = f"{expert_type}_"
             found = [
                 (prefix + self._linear_name(path), (path, path), self._linear_shape(path, block)) for path in paths
@@ -132,6 +133,11 @@ class SiteFinder:
             return BLOCK
         mlp = self.architecture.mlp
         first = mlp[0] if isinstance(mlp, list) else mlp
+        if first is None and self.config.scope == "mlp":
+            raise UserError(
+                "scope is 'mlp', and this model's blocks have no MLP module whose input a router could read "
+                "(architecture.mlp is null). Use scope 'block' or 'module'."
+            )
         roles = self.architecture.roles_of(modules[0])
         if modules[0] == first and (not roles or modules[1] != first):
             return MLP

@@ -117,7 +117,8 @@ def _check_shapes(source: str, module: str, slot: Slot, a: torch.Tensor, b: torc
 
 
 def _check_complete(source: str, tensors: dict[str, torch.Tensor], plan: Plan) -> None:
-    taken = {f"{block}.{slot.modules[0]}" for block, slots in plan.blocks.items() for slot in slots}
+    lora = [(block, slot) for block, slots in plan.blocks.items() for slot in slots if slot.expert_type == "lora"]
+    taken = {f"{block}.{slot.modules[0]}" for block, slot in lora}
     held = {key.removeprefix(_PREFIX).partition(".lora_")[0] for key in tensors if ".lora_" in key}
     dropped = sorted(held - taken)
     if dropped:

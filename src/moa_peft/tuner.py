@@ -20,7 +20,7 @@ from moa_peft.pooling import add_pooling, check_generation
 from moa_peft.prompt_attention import install_prompt_attention
 from moa_peft.quantized_base import keep_trainable
 from moa_peft.saved_modules import check_saved_modules
-from moa_peft.shared_networks import SharedNetworks, remove_shared_networks, share_networks
+from moa_peft.shared_networks import SharedNetworks, check_devices, remove_shared_networks, share_networks
 from moa_peft.starting_weights import StartingWeights
 from moa_peft.status import MoAStatus, moa_status
 from moa_peft.token_mask import add_token_mask
@@ -57,6 +57,7 @@ class MoAModel(BaseTuner):
         vars(self)["_plan"] = make_plan(config, model)
         check_adapter_name(adapter_name, model, config, self._plan)
         check_saved_modules(config, model)
+        check_devices(model, self._plan, config)
         start = StartingWeights.read(config, self._plan) if config.init_from else None
         keep_trainable(model, inference=config.inference_mode)
         super().inject_adapter(

@@ -127,7 +127,11 @@ class MlpLoraExpert(Expert):
         ]
         index = torch.cat(indices)
         hidden, output = (torch.cat(pieces) for pieces in zip(*parts))
-        return torch.zeros_like(gate).index_add(0, index, hidden), torch.zeros_like(x).index_add(0, index, output)
+        # In the dtypes of what is added: under autocast they are not those of x.
+        return (
+            hidden.new_zeros(gate.shape).index_add(0, index, hidden),
+            output.new_zeros(x.shape).index_add(0, index, output),
+        )
 
     def _one(
         self,

@@ -88,7 +88,8 @@ def _returned(router_type: str, router_options: RouterOptions, num_experts: int 
     # Enough for any option that bounds the number of experts from below, such as top-k's k.
     num_experts = num_experts or max([8, *(value for value in vars(router_options).values() if type(value) is int)])
     router_class = ROUTERS[router_type]
-    with torch.random.fork_rng(devices=()), torch.no_grad():
+    # On the meta device, where no number is drawn, also where a loader makes every module there.
+    with torch.device("meta"), torch.no_grad():
         router = router_class(width, num_experts, router_options).eval()
         shared = router_class.shared_network(width, router_options)
         if shared is not None:

@@ -74,7 +74,7 @@ def _harmless_padding(routing: Routing, real: torch.Tensor | None) -> Routing:
 
 
 def _over_processes(sums: list[torch.Tensor], count: torch.Tensor) -> tuple[list[torch.Tensor], torch.Tensor]:
-    """Sums and count of all processes, by one collective in the forward pass and none in the backward pass."""
+    """Sums and count of all processes, by one collective in the forward pass; its gradient needs none."""
     local = torch.cat(sums)
     everywhere = torch.cat((local.detach(), count[None]))
     dist.all_reduce(everywhere)

@@ -109,7 +109,8 @@ def instance_moa(
     """Instance-level MoA, an ablation: one routing per sequence and block, from the mean hidden state of its prompt.
 
     The released code takes the mean over padding and, in training, over the answer too, which generation does not
-    have; here it is the mean over the tokens of the prompt, in training as in generation.
+    have; here it is the mean over the tokens of the prompt, in training as in generation. It also pools the residual
+    stream itself: `router_input: residual`.
     """
     experts = moa_experts(
         rank=rank,
@@ -147,7 +148,8 @@ def unipeft(
 
     All LoRA experts share a gate. In the released code the gate of the parallel adapter is, by mistake, that of the
     prompt, and the mean state covers padding and the answer; here each kind has its own gate, over the prompt's mean
-    m. Parameters are the same: the unused gate was there, too.
+    m. Parameters are the same: the unused gate was there, too. The released code pools the residual stream itself:
+    `router_input: residual`.
     """
     experts = moa_experts(
         rank=rank,

@@ -24,7 +24,10 @@ EXPERT_KNOBS = frozenset(
     ["rank", "alpha", "dropout", "rslora", "targets", "layers", "num_experts", "adapter_size", "prompt"]
     + ["prompt_length"]
 )
-"""Knobs of the experts. Of the others, those of losses end in ``_coefficient``, and the rest are the router's."""
+"""Knobs of the experts. Of the others, those of losses end in ``_coefficient`` or are `LOSS_KNOBS`; the rest are the
+router's."""
+
+LOSS_KNOBS = frozenset(["sparsity_k"])
 
 _SET_BY_KNOBS = {"experts", "target_modules", "r", "lora_alpha", "lora_dropout", "use_rslora", "peft_type"}
 
@@ -150,7 +153,7 @@ def _listed(chosen: Method) -> str:
 
 def _check_replaced(chosen: Method, own: dict[str, Any], rest: dict[str, Any]) -> None:
     """Refuse knobs of a router or of losses that another one, or others, take the place of."""
-    coefficients = [key for key in own if key.endswith("_coefficient")]
+    coefficients = [key for key in own if key.endswith("_coefficient") or key in LOSS_KNOBS]
     of_router = [key for key in own if key not in EXPERT_KNOBS and key not in coefficients]
     for field, set_too in (("router", of_router), ("losses", coefficients)):
         if rest.get(field) is not None and set_too:

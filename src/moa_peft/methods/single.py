@@ -4,6 +4,7 @@ from typing import Any
 
 from peft import LoraConfig
 
+from moa_peft.architectures import ROLES
 from moa_peft.config import MoAConfig
 from moa_peft.experts import ExpertOptions
 from moa_peft.methods.experts import mixture
@@ -23,7 +24,8 @@ def lora(
 ) -> LoraConfig:
     """Plain LoRA, the baseline: this returns PEFT's own `LoraConfig`, nothing of this package acts.
 
-    `targets` are module names, since PEFT knows no roles; `layers` becomes its `layers_to_transform`.
+    PEFT knows no roles: `targets` are module names, and a role stands for the name it has in Llama-like families (`q`
+    for `q_proj`). `layers` becomes PEFT's `layers_to_transform`.
     """
     indices = ExpertOptions(layers=layers).layer_indices()
     if indices is not None:
@@ -33,7 +35,7 @@ def lora(
         lora_alpha=rank if alpha is None else alpha,  # type: ignore[arg-type]
         lora_dropout=dropout,
         use_rslora=rslora,
-        target_modules=list(targets),
+        target_modules=[f"{target}_proj" if target in ROLES else target for target in targets],
         **config,
     )
 

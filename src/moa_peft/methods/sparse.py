@@ -131,15 +131,17 @@ def mixlora(
 
     The frozen gate and up products are made once for all experts. `targets` are the attention layers with an ordinary
     LoRA of weight 1. The balance loss is that of each router, averaged over blocks; the reference takes the load and
-    the probabilities of all blocks together, which is also least when one block makes up for another. The paper's
-    other routings: `router: {type: top_p, p: 0.8, init_std: 0.02}`, and
+    the probabilities of all blocks together, which is also least when one block makes up for another. Families whose
+    MLP has no separate gate and up projections are refused. The paper's other routings, in which the weights do not
+    sum to 1 and the frozen MLP here keeps the rest, ``(1 - sum w) MLP(x)``:
+    `router: {type: top_p, p: 0.8, init_std: 0.02}`, and
     `router: {type: top_k, k: 1, renormalise: false, init_std: 0.02}` with
     `losses: [{type: balance, coefficient: 0.01}, {type: z, coefficient: 0.001}]` (Switch, without a capacity, so that
     no token is dropped).
     """
     lora: dict[str, Any] = {"rank": rank, "alpha": alpha, "dropout": dropout, "rslora": rslora, "layers": layers}
     experts = lora_experts(targets, routed=False, **lora)
-    experts.append({"type": "mlp_lora", "num": num_experts, "optional": True} | lora)
+    experts.append({"type": "mlp_lora", "num": num_experts} | lora)
     router = {"type": "top_k", "k": top_k, "bias": False, "init_std": 0.02}
     balance = {"type": "balance", "coefficient": balance_coefficient, "reduction": "mean"}
     return mixture(experts, router, config, scope="mlp", losses=losses(balance))
