@@ -141,7 +141,12 @@ def skipping_table(files: Files) -> list[str]:
     for method, name, kept in mixtures:
         file = "skipping_top_k" if method.startswith("top") else "skipping"
         ratios = [
-            files.ratio(f"{file}_qwen3_1_layer_float32.json", metric, f"{method}[kept={kept}, {mode}]", f"{method}[kept={kept}, dense]")
+            files.ratio(
+                f"{file}_qwen3_1_layer_float32.json",
+                metric,
+                f"{method}[kept={kept}, {mode}]",
+                f"{method}[kept={kept}, dense]",
+            )
             for metric in ("prefill_seconds", "step_seconds")
             for mode in ("always", "auto")
         ]
