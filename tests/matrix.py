@@ -143,13 +143,13 @@ VARIANTS = [
     _preset("hydralora"),
     _preset("moe_lora_topk"),
     _preset("adamole"),
-    _preset("mixlora", families=(*CORE, "qwen3_moe")),
+    _preset("mixlora"),
     _preset("mola"),
     _preset("dynmole"),
     # With random weights lambda comes close to 1, where a difference in the last digit becomes a visible one.
     _preset("ld_mole", router={"type": "sparsegen", "hidden": 8, "epsilon": 0.5}),
     _preset("comol"),
-    Variant("heterogeneous-modules", _heterogeneous_modules, families=(*CORE, "phi3", "gpt2", "opt", "mixtral")),
+    Variant("heterogeneous-modules", _heterogeneous_modules, families=(*CORE, "opt", "mixtral")),
     Variant("sparse-routing-of-moa", _top_k_moa, families=CORE),
 ]
 

@@ -32,7 +32,9 @@ def hidden(seed: int = 3) -> torch.Tensor:
 def build(kind: str, num_experts: int = EXPERTS, **options: object) -> Router:
     name = max((name for name in ROUTERS if kind.startswith(name)), key=len)
     options = KINDS[kind] | options
-    options |= {key: min(options[key], num_experts) for key in ("k",) if key in options}
+    if "k" in options and num_experts == 1:
+        # One kept weight that is divided by itself could teach the router nothing, and is refused.
+        options |= {"k": 1, "renormalise": False}
     if name == "dynmole":
         options.setdefault("keep_top_k", min(2, num_experts))
     made = ROUTERS[name](WIDTH, num_experts, ROUTERS[name].Options(**options)).eval()

@@ -34,7 +34,7 @@ def test_invariants_hold_for_difficult_logits(kind: str, num_experts: int):
         assert (routing.weights >= 0).all() and (routing.scores >= 0).all()
         if not kind.startswith("sigmoid"):
             assert routing.selected.any(-1).all(), "a token lost every expert"
-        if kind in SUM_TO_ONE:
+        if kind in SUM_TO_ONE and num_experts > 1:
             torch.testing.assert_close(routing.weights.sum(-1), torch.ones(len(logits)))
         if made.scores_are_probabilities:
             torch.testing.assert_close(routing.scores.sum(-1), torch.ones(len(logits)))
@@ -151,6 +151,7 @@ def test_constant_weights_have_no_parameters_and_follow_their_module():
         ("softmax", {"init_std": 0.0}, "router.init_std is 0.0"),
         ("softmax", {"hidden_per_expert": -2}, "hidden_per_expert is -2"),
         ("top_k", {"k": 0}, "router.k is 0; it must be an integer of at least 1"),
+        ("top_k", {"k": 1}, "the router learns nothing"),
         ("top_k", {"noise": None}, "router.noise is None"),
         ("top_k", {"renormalise": 0}, "router.renormalise is 0"),
         ("top_p", {"p": 0.0}, r"router.p is 0.0; it must be a number in \(0.0, 1.0\]"),
