@@ -29,14 +29,14 @@ from moa_peft.files import write_atomically
 from moa_peft.methods import METHODS
 
 STEPS = 30
-WINDOW = 5
+WINDOW = 8
 QUESTION = "Tom has 3 apples and buys 4 more. How many apples does he have?"
 SETTINGS = {
     "max_steps": STEPS,
     "warmup_steps": 3,
     "logging_steps": 1,
     "save_steps": STEPS,
-    "per_device_train_batch_size": 4,
+    "per_device_train_batch_size": 2,
     "data.validation_size": 16,
     "dtype": "bfloat16",
 }
@@ -72,7 +72,7 @@ def run_method(name: str, data: Path, folder: Path) -> dict[str, Any]:
         "last_loss": statistics.mean(losses[-WINDOW:]),
         "validation_loss": record["results"]["validation_loss"],
         "logged_losses": auxiliary,
-        "generated": _moa(["generate", str(run), QUESTION, "--max-new-tokens", "32"]).strip(),
+        "generated": _moa(["generate", str(run), QUESTION, "--max-new-tokens", "16"]).strip(),
     }
 
 
@@ -110,7 +110,7 @@ def main(
             result["runs"].append(run_method(name, data, Path(folder)))
         output.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(output, json.dumps(result, indent=2) + "\n")
-    table = Table("method", "first steps", "last steps", "validation", title=f"loss, {STEPS} steps of 4 rows")
+    table = Table("method", "first steps", "last steps", "validation", title=f"loss, {STEPS} steps of 2 rows")
     for run in result["runs"]:
         numbers = [f"{run[key]:.3f}" for key in ("first_loss", "last_loss", "validation_loss")]
         table.add_row(run["method"], *numbers)
