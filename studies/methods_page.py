@@ -8,6 +8,8 @@ from the benchmark files in docs/results/methods/.
 Add the cost by running, from the root of the repository, before that:
 
     python -m benchmarks training_step --methods base,lora,... --json docs/results/methods/step.json
+
+and the short training runs by `python -m studies.method_runs --data DIR`.
 """
 
 from __future__ import annotations
@@ -33,6 +35,7 @@ from studies.reference_models import LLAMA_31_8B, QWEN3_8B
 ROOT = Path(__file__).parent.parent
 PAGE = ROOT / "docs" / "methods.md"
 MEASURED = ROOT / "docs" / "results" / "methods"
+RUNS = MEASURED / "runs.json"
 MODELS: Mapping[str, PreTrainedConfig] = {"Llama-3.1-8B": LLAMA_31_8B, "Qwen3-8B": QWEN3_8B}
 METRICS = {
     "step_seconds": "training step",
@@ -74,7 +77,9 @@ def page(count: Count = lambda model, config: count_parameters(model, config).to
     Args:
         count: parameters that a configuration adds to a model.
     """
-    sections = [INTRODUCTION, _overview(count), "## Measured cost\n\n" + measured(sorted(MEASURED.glob("*.json")))]
+    benchmarks = [path for path in sorted(MEASURED.glob("*.json")) if path != RUNS]
+    sections = [INTRODUCTION, _overview(count), "## Measured cost\n\n" + measured(benchmarks)]
+    sections += ["## Short training runs\n\n" + trained(json.loads(RUNS.read_text(encoding="utf-8")))]
     sections += ["## The methods\n"]
     sections += [_section(method) for method in METHODS.values()]
     return "\n".join(sections)
@@ -160,6 +165,31 @@ def _measured_table(path: Path, content: dict[str, Any]) -> str:
 def _ratio(row: dict[str, Any]) -> str:
     spread = "" if row["ratio_q1"] is None else f" ({row['ratio_q1']:.2f} to {row['ratio_q3']:.2f})"
     return f"{row['ratio']:.2f}{spread}"
+
+
+def trained(content: dict[str, Any]) -> str:
+    """What the short training runs show: that every method learns, is saved, reloaded and generates.
+
+    Args:
+        content: of the file that `python -m studies.method_runs` writes.
+    """
+    settings, window = content["settings"], content["window"]
+    about = (
+        f"Every method's small recipe on the packaged Gemma 3 270M: {settings['max_steps']} steps of "
+        f"{settings['per_device_train_batch_size']} rows, one seed, {settings['dtype']} base. Mean training loss of "
+        f"the first and the last {window} steps, and validation loss over {settings['data.validation_size']} rows. "
+        "Every adapter was saved, loaded by another process, and generated. The runs show that the methods work; they "
+        f"compare nothing. `{content['command']}`, [{RUNS.name}](results/methods/{RUNS.name}).\n\n"
+    )
+    runs = {run["method"]: run for run in content["runs"]}
+    body = []
+    for name in METHODS:
+        if name in runs:
+            losses = [f"{runs[name][key]:.3f}" for key in ("first_loss", "last_loss", "validation_loss")]
+            body.append([name, *losses, ", ".join(runs[name]["logged_losses"])])
+        else:
+            body.append([name, "not run", "", "", ""])
+    return about + _table(["method", "first steps", "last steps", "validation", "auxiliary losses logged"], body)
 
 
 def _linked(source: str) -> str:

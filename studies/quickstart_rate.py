@@ -127,7 +127,10 @@ def measure(study: Study, *, learning_rate: float, console: Console) -> dict[str
     loss = development_loss(loaded, development, recipe)
     score = score_word_problems(loaded.model, loaded.tokenizer, development[: study.num_scored], console=console)
     gc.collect()
-    console.print(f"Development loss {loss:.4f}, strict {score.correct_strict} of {score.num_items}.", highlight=False)
+    console.print(
+        f"Development loss {loss:.4f}, strict {score.accuracy('strict').correct} of {score.num_items}.",
+        highlight=False,
+    )
     return {
         "learning_rate": learning_rate,
         "development_loss": loss,

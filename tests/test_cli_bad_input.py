@@ -306,7 +306,7 @@ def test_prompts_that_leave_no_room(fails: Moa, train_fails: Moa, adapter: Path,
     assert "long.json row 2 has" in fails("generate", str(adapter), "--input", path)
     # The file that is too long comes second, and nothing of the first has been scored by then.
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("moa_peft.evaluation.score_numeric", None)
+        patch.setattr("moa_peft.evaluation.run.answer_questions", None)
         message = fails("eval", str(adapter), "--data", str(files / "sums.json"), "--data", path)
     assert "long.json row 2 has" in message
     message = train_fails("--data.path", path, "--data.max_length", "1000")

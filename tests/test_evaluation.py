@@ -1,4 +1,4 @@
-"""Scoring of numeric question sets: what is read from a text, counts, intervals, early stopping, and `moa eval`."""
+"""Scoring by generation: what is read from a text, counts, intervals, early stopping, and `moa eval`."""
 
 from __future__ import annotations
 
@@ -13,17 +13,22 @@ from peft import get_peft_model
 from tokenizers import decoders
 
 from moa_peft import MoAConfig
+from moa_peft.answers import AnswerFormat
 from moa_peft.cli import main
 from moa_peft.data import Example, load_examples
 from moa_peft.data.examples import Message
 from moa_peft.errors import UserError
-from moa_peft.evaluation import Score, cut_answer, numeric_references, predict, score_numeric
-from moa_peft.intervals import paired_difference, wilson_interval
+from moa_peft.evaluation import Score, answer_questions, cut_answer
+from moa_peft.evaluation.answering import predict
+from moa_peft.evaluation.references import agreeing_rows, reference_answers
+from moa_peft.intervals import mean_interval, paired_difference, share_interval, wilson_interval
 from tests.tiny import save_tiny, tiny_model, tiny_tokenizer, write_sums
 
 TOKENIZER = tiny_tokenizer()
 # Characters are joined without spaces, so that a text survives encoding and decoding.
 TOKENIZER.backend_tokenizer.decoder = decoders.Fuse()
+NUMBER = AnswerFormat(kind="number")
+LETTER = AnswerFormat(kind="letter", choices=("A", "B", "C", "D", "E"))
 
 
 def question(text: str, reference: str | None = "3", answer: str | None = None) -> Example:
@@ -57,13 +62,23 @@ class Scripted(torch.nn.Module):
 
 
 def test_strict_and_flexible_stand_side_by_side() -> None:
-    stated = predict("q", 12.0, "There are 3 * 4 = 12. The answer is 12.")
-    assert (stated.strict, stated.flexible, stated.correct_strict, stated.correct_flexible) == (12, 12, True, True)
-    unstated = predict("q", 12.0, "3 * 4 = 12")
-    assert (unstated.strict, unstated.flexible) == (None, 12)
-    assert not unstated.correct_strict and unstated.correct_flexible
-    wrong = predict("q", 12.0, "The answer is 11. Or 12.")
-    assert (wrong.strict, wrong.correct_flexible) == (11, False)
+    stated = predict(0, "q", "12", "There are 3 * 4 = 12. The answer is 12.", format=NUMBER)
+    assert stated.answers == {"strict": "12", "flexible": "12"} and all(stated.correct.values())
+    unstated = predict(1, "q", "12", "3 * 4 = 12", format=NUMBER)
+    assert unstated.answers == {"strict": None, "flexible": "12"}
+    assert unstated.correct == {"strict": False, "flexible": True}
+    wrong = predict(2, "q", "12", "The answer is 11. Or 12.", format=NUMBER)
+    assert wrong.answers["strict"] == "11" and not wrong.correct["flexible"]
+    letter = predict(3, "q", "C", "A good start. The answer is (C).\nThe answer is (D).", format=LETTER)
+    assert letter.answers == {"strict": "C", "flexible": "C"} and letter.output.endswith("(C).")
+
+
+def test_legacy_reads_the_whole_text() -> None:
+    text = "The answer is 12.\n### Instruction:\nWhat is 4 + 5?"
+    legacy = predict(0, "q", "12", text, format=NUMBER, legacy=True)
+    assert legacy.answers == {"strict": "12", "flexible": "12", "legacy": "5"}
+    assert legacy.correct == {"strict": True, "flexible": True, "legacy": False}
+    assert legacy.output == text
 
 
 @pytest.mark.parametrize(
@@ -79,24 +94,36 @@ def test_strict_and_flexible_stand_side_by_side() -> None:
     ],
 )
 def test_a_text_is_cut_where_the_answer_is_over(text: str, kept: str) -> None:
-    assert cut_answer(text) == kept
+    assert cut_answer(text, NUMBER) == kept
     if kept != text:
-        assert cut_answer(text + " and the answer is 99\n### x") == kept
+        assert cut_answer(text + " and the answer is 99\n### x", NUMBER) == kept
 
 
 def test_counts_follow_the_predictions() -> None:
-    score = Score(
-        (
-            predict("a", 3.0, "The answer is 3."),
-            predict("b", 3.0, "maybe 3"),
-            predict("c", 3.0, "nothing"),
-            predict("d", 3.0, "The answer is 4."),
-        )
-    )
-    assert (score.num_items, score.correct_strict, score.correct_flexible) == (4, 1, 2)
-    assert (score.missing_strict, score.missing_flexible) == (2, 1)
-    assert score.accuracy_strict == 0.25
-    assert score.to_dict()["strict"]["interval_95"]["low"] == score.interval_strict.low
+    texts = ["The answer is 3.", "maybe 3", "nothing", "The answer is 4."]
+    score = Score([predict(index, "q", "3", text, format=NUMBER) for index, text in enumerate(texts)])
+    strict, flexible = score.accuracy("strict"), score.accuracy("flexible")
+    assert (score.num_items, strict.correct, flexible.correct) == (4, 1, 2)
+    assert (strict.missing, flexible.missing) == (2, 1)
+    assert strict.value == 0.25
+    assert score.to_dict()["strict"]["interval_95"]["low"] == strict.interval.low
+
+
+def test_intervals_are_bootstrap_and_wilson_at_the_ends() -> None:
+    correct = [True] * 30 + [False] * 70
+    interval = share_interval(correct)
+    # The share is binomial under resampling: its 2.5 % and 97.5 % quantiles, to the error of 10,000 draws.
+    from scipy.stats import binom
+
+    assert interval.low == pytest.approx(binom.ppf(0.025, 100, 0.3) / 100, abs=0.011)
+    assert interval.high == pytest.approx(binom.ppf(0.975, 100, 0.3) / 100, abs=0.011)
+    assert share_interval(correct) == interval
+    assert share_interval([False] * 20) == wilson_interval(0, 20) and share_interval([False] * 20).high > 0.1
+    values = [float(value) for value in range(50)]
+    spread = mean_interval(values)
+    half = 1.96 * (sum((value - 24.5) ** 2 for value in values) / 50) ** 0.5 / 50**0.5
+    assert spread.low == pytest.approx(24.5 - half, rel=0.03) and spread.high == pytest.approx(24.5 + half, rel=0.03)
+    assert (mean_interval([2.0, 2.0]).low, mean_interval([2.0, 2.0]).high) == (2.0, 2.0)
 
 
 def test_wilson_interval_by_its_formula() -> None:
@@ -125,32 +152,53 @@ def test_generation_ends_once_every_row_is_over() -> None:
     lengths = [len(prompt) for prompt in _prompts(examples)]
     texts = {lengths[0]: "The answer is 3.\nWhat next? " * 3, lengths[1]: "So\n\nThe answer is 12.\n" + "x" * 50}
     model = Scripted(texts)
-    score = score_numeric(model, TOKENIZER, examples, template="alpaca", max_new_tokens=60)
-    assert [prediction.output for prediction in score.predictions] == [
-        "The answer is 3.",
-        "So\n\nThe answer is 12.",
-    ]
-    assert list(score.predictions) == [
-        predict(example.question, number, texts[length])
-        for example, number, length in zip(examples, (3.0, 12.0), lengths, strict=True)
+    options: dict[str, Any] = {"format": NUMBER, "template": "alpaca", "max_new_tokens": 60}
+    predictions = answer_questions(model, TOKENIZER, examples, **options)
+    assert [prediction.output for prediction in predictions] == ["The answer is 3.", "So\n\nThe answer is 12."]
+    assert predictions == [
+        predict(index, example.question, number, texts[length], format=NUMBER)
+        for index, (example, number, length) in enumerate(zip(examples, ("3", "12"), lengths, strict=True))
     ]
     assert model.generated_tokens == len("So\n\nThe answer is 12.\n")
+    model.generated_tokens = 0
+    predictions = answer_questions(model, TOKENIZER, examples, legacy=True, **options)
+    assert model.generated_tokens == 60 and predictions[0].answers["legacy"] == "3"
 
 
 def test_predictions_keep_the_order_of_the_questions() -> None:
     model = get_peft_model(tiny_model(), MoAConfig.soft(rank=2, task_type="CAUSAL_LM"))
     examples = [question(f"{a}+2", str(a + 2)) for a in range(5)]
-    score = score_numeric(model, TOKENIZER, examples, template="alpaca", max_new_tokens=12, batch_size=2)
-    assert [p.question for p in score.predictions] == [e.question for e in examples]
-    assert [p.reference for p in score.predictions] == [2, 3, 4, 5, 6]
+    options: dict[str, Any] = {"format": NUMBER, "template": "alpaca", "max_new_tokens": 12, "batch_size": 2}
+    batches: list[list[int]] = []
+    predictions = answer_questions(
+        model, TOKENIZER, examples, **options, on_batch=lambda batch: batches.append([p.index for p in batch])
+    )
+    assert [p.question for p in predictions] == [e.question for e in examples]
+    assert [p.reference for p in predictions] == ["2", "3", "4", "5", "6"]
+    assert [len(batch) for batch in batches] == [2, 2, 1] and sorted(sum(batches, [])) == [0, 1, 2, 3, 4]
+    some = answer_questions(model, TOKENIZER, examples, **options, indices=[4, 1])
+    assert some == [predictions[1], predictions[4]]
 
 
 def test_references_come_from_the_row_or_its_answer() -> None:
-    assert numeric_references([question("q", "1,200"), question("q", None, "The answer is 7.")]) == [1200.0, 7.0]
+    assert reference_answers([question("q", "1,200"), question("q", None, "The answer is 7.")], NUMBER) == [
+        "1200",
+        "7",
+    ]
     with pytest.raises(UserError, match="no number"):
-        numeric_references([question("q", "blue")])
+        reference_answers([question("q", "blue")], NUMBER)
     with pytest.raises(UserError, match="no questions"):
-        numeric_references([])
+        reference_answers([], NUMBER)
+
+
+def test_written_out_answers_that_are_wrong_are_left_out() -> None:
+    examples = [
+        question("q", "3", "1 + 2 = 3. The answer is 3."),
+        question("q", "58", "95 - 6 = 89. The answer is 89."),
+        question("q", "3", None),
+        question("q", "3", "It makes 3"),
+    ]
+    assert agreeing_rows(examples, NUMBER) == [0, 3]
 
 
 def _prompts(examples: list[Example]) -> list[list[int]]:
@@ -182,19 +230,22 @@ def test_eval_writes_results_and_predictions(files: Path, tmp_path: Path, capsys
     name = f"{files.name}-sums"
     assert name[:12] in shown and "other-sums" in shown
     results = json.loads((out / "results.json").read_text())
-    assert results["scores"][name]["num_items"] == 5 and results["scores"]["other-sums"]["num_items"] == 3
-    assert results["settings"]["template"] == "alpaca" and results["settings"]["kind"] == "adapter"
-    assert results["versions"]["torch"] == torch.__version__
-    lines = (out / f"{name}.predictions.jsonl").read_text().splitlines()
+    assert results["status"] == "complete" and results["settings"]["kind"] == "adapter"
+    assert results["sets"][name]["generate"]["num_items"] == 5
+    assert results["sets"]["other-sums"]["generate"]["num_items"] == 3
+    assert results["settings"]["template"] == "alpaca" and results["versions"]["torch"] == torch.__version__
+    lines = [json.loads(line) for line in (out / f"{name}.generate.jsonl").read_text().splitlines()]
     examples = load_examples(files / "sums.json")
-    assert [json.loads(line)["question"] for line in lines] == [example.question for example in examples[:5]]
+    by_index = {line["index"]: line["question"] for line in lines}
+    assert by_index == {index: example.question for index, example in enumerate(examples[:5])}
     assert sorted(file.name for file in out.parent.iterdir()) == ["results"]
     again = ["eval", str(files / "base"), *words[:2], *settings]
     assert main(again) == 2
-    assert "--overwrite" in capsys.readouterr().err
+    message = capsys.readouterr().err
+    assert "--overwrite" in message and "kind: 'adapter' -> 'base model'" in message
     assert json.loads((out / "results.json").read_text()) == results
     assert main([*again, "--overwrite"]) == 0
-    assert sorted(file.name for file in out.iterdir()) == ["results.json", "sums.predictions.jsonl"]
+    assert sorted(file.name for file in out.iterdir()) == ["results.json", "sums.generate.jsonl"]
     assert json.loads((out / "results.json").read_text())["settings"]["kind"] == "base model"
 
 
@@ -202,17 +253,22 @@ def test_eval_writes_results_and_predictions(files: Path, tmp_path: Path, capsys
     ("words", "named"),
     [
         (["--data", "missing.json"], "missing.json"),
-        ([], "data"),
+        ([], "nothing to score"),
         (["--data", "{files}/sums.json", "--template", "alpacca"], "--template"),
         (["--data", "{files}/sums.json", "--dtype", "int7"], "--dtype"),
-        (["--data", "{files}/sums.json", "--batch-size", "0"], "--batch-size"),
-        (["--data", "{files}/sums.json", "--max-new-tokens", "0"], "--max-new-tokens"),
+        (["--data", "{files}/sums.json", "--batch-size", "0"], "batch_size"),
+        (["--data", "{files}/sums.json", "--max-new-tokens", "0"], "max_new_tokens"),
         (["--data", "{files}/sums.json", "--limit", "0"], "limit"),
         (["--data", "{files}/sums.json", "--base", "x"], "--base"),
         (["--data", "{files}/sums.json", "--data", "{files}/sums.json"], "twice|both be called"),
         (["--data", "{files}/sums.json", "--output", "{files}/sums.json"], "is a file"),
         (["--data", "{files}/sums.json", "--output", "{files}", "--overwrite"], "more than results"),
         (["--data", "{files}/words.json"], "no number"),
+        (["--data", "{files}/sums.json", "--scoring", "guess"], "scoring: guess"),
+        (["--data", "{files}/sums.json", "--scoring", "loglikelihood"], "are numbers"),
+        (["--data", "{files}"], "is a folder"),
+        (["--tasks", "mathe", "--data", "{files}"], "mathe"),
+        (["--tasks", "AddSub", "--data", "{files}"], "AddSub"),
     ],
 )
 def test_eval_refuses(files: Path, capsys: pytest.CaptureFixture[str], words: list[str], named: str) -> None:

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 from moa_peft.methods import METHODS
-from studies.methods_page import PAGE, measured, page
+from studies.methods_page import PAGE, measured, page, trained
 from tests.test_counts import count_from_few_layers
 
 
@@ -51,3 +51,17 @@ def test_measured_ratios_are_inserted(tmp_path: Path) -> None:
     assert measured([_file(tmp_path, "other.json", [{"method": "base", "metric": "other", "ratio": 1.0}])]) == (
         "Not measured yet.\n"
     )
+
+
+def test_short_runs_are_shown_and_missing_ones_named() -> None:
+    run = {
+        "method": "molora",
+        "first_loss": 1.0,
+        "last_loss": 0.51,
+        "validation_loss": 0.6,
+        "logged_losses": ["moa/z"],
+    }
+    settings = {"max_steps": 30, "per_device_train_batch_size": 2, "dtype": "bfloat16", "data.validation_size": 16}
+    text = trained({"runs": [run], "settings": settings, "window": 8, "command": "python -m studies.method_runs"})
+    assert "| molora | 1.000 | 0.510 | 0.600 | moa/z |" in text and "| soft_moa | not run |" in text
+    assert "30 steps of 2 rows" in text and "first and the last 8 steps" in text

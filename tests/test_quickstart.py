@@ -24,13 +24,14 @@ from moa_peft.quickstart.run import (
     run_quickstart,
     with_steps,
 )
-from moa_peft.quickstart.time_budget import MIN_STEPS, StepTimer, StopInTime, TimeBudget, fitted_steps
+from moa_peft.quickstart.time_budget import MIN_STEPS, StopInTime, TimeBudget, fitted_steps
 from moa_peft.quickstart.word_problems import (
     TEST_TEMPLATES,
     WordProblem,
     generate_word_problems,
     write_word_problems,
 )
+from moa_peft.training.step_times import StepTimer
 from studies import quickstart_rate
 from studies.quickstart_rate import Study, run_study
 from tests.tiny import save_tiny
@@ -77,11 +78,11 @@ def test_the_steps_fill_the_time_left() -> None:
     clock.now_s += 120
     timer = StepTimer(clock=clock)
     steps_of(timer, clock, [30.0, 4.0, 5.0, 36.0], max_steps=4)
-    assert timer.step_s == 4.0
+    assert timer.fastest_s == 4.0
     left_s = budget.left_s(reserve_s=60)
     assert left_s == 600 - 120 - 75 - 60
-    assert fitted_steps(step_s=timer.step_s, left_s=left_s, max_steps=300) == 86
-    assert fitted_steps(step_s=timer.step_s, left_s=left_s, max_steps=50) == 50
+    assert fitted_steps(step_s=timer.fastest_s, left_s=left_s, max_steps=300) == 86
+    assert fitted_steps(step_s=timer.fastest_s, left_s=left_s, max_steps=50) == 50
     assert fitted_steps(step_s=100.0, left_s=left_s, max_steps=300) == MIN_STEPS
     assert fitted_steps(step_s=1.0, left_s=-5.0, max_steps=300) == MIN_STEPS
 

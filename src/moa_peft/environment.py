@@ -1,8 +1,9 @@
-"""What a result depends on besides its settings: the versions of the libraries."""
+"""What a result depends on besides its settings (versions of libraries), and what it cost (peak memory)."""
 
 from __future__ import annotations
 
 import platform
+import sys
 from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 
@@ -16,3 +17,13 @@ def library_versions() -> dict[str, str]:
         with suppress(PackageNotFoundError):
             found[name] = version(name)
     return found
+
+
+def peak_memory_bytes() -> int | None:
+    """Peak resident memory of this process; None on systems without `getrusage`."""
+    if sys.platform == "win32":
+        return None
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

@@ -96,6 +96,11 @@ def load_adapter(
     return LoadedAdapter(model=adapted, tokenizer=tokenizer, template=recipe.get("data", {}).get("template"))
 
 
+def trained_template(folder: Path) -> str | None:
+    """The prompt template of the run that made an adapter folder; None where there is no record of it."""
+    return _run_recipe(folder).get("data", {}).get("template")
+
+
 def generate_texts(
     model: Any,
     tokenizer: PreTrainedTokenizerBase,
@@ -110,6 +115,7 @@ def generate_texts(
     end_ids: Sequence[int] = (),
     is_over: Callable[[str], bool] | None = None,
     names: Sequence[str] | None = None,
+    on_batch: Callable[[dict[int, str]], None] | None = None,
     console: Console | None = None,
     streamer: BaseStreamer | None = None,
 ) -> list[str]:
@@ -130,6 +136,7 @@ def generate_texts(
         is_over: tells from an answer so far that nothing of interest follows; a batch ends once all its answers are
             over. None: only end tokens and `max_new_tokens` end them.
         names: how messages call each prompt, such as the file and row it is from; default: by its number.
+        on_batch: receives the answers of every batch as soon as they are there, by position in `prompts`.
         console: where a progress bar is shown when there is more than one batch; None for none.
         streamer: receives tokens as they come; for a single prompt.
 
@@ -163,6 +170,7 @@ def generate_texts(
                 config,
                 batch_size=batch_size,
                 is_over=is_over,
+                on_batch=on_batch,
                 console=console,
                 streamer=streamer,
             )
@@ -213,6 +221,7 @@ def _generate_batches(
     *,
     batch_size: int,
     is_over: Callable[[str], bool] | None,
+    on_batch: Callable[[dict[int, str]], None] | None,
     console: Console | None,
     streamer: BaseStreamer | None,
 ) -> list[str]:
@@ -225,8 +234,11 @@ def _generate_batches(
         for batch in batches:
             chosen = [prompts[index] for index in batch]
             texts = _generate_batch(model, tokenizer, chosen, config, is_over=is_over, streamer=streamer)
-            for index, text in zip(batch, texts, strict=True):
+            found = dict(zip(batch, texts, strict=True))
+            for index, text in found.items():
                 answers[index] = text
+            if on_batch is not None:
+                on_batch(found)
             bar.advance(task, len(batch))
     return answers
 
@@ -272,12 +284,23 @@ def _generation_config(
 
 
 @contextmanager
-def _own_settings_only(model: Any) -> Iterator[None]:
+def greedy_settings(model: Any, tokenizer: PreTrainedTokenizerBase, *, end_ids: Sequence[int] = ()) -> Iterator[None]:
+    """Let other code that calls `model.generate` decode as `generate_texts` does, unless it says otherwise itself.
+
+    Of the base's generation settings only the end tokens count; `end_ids` are further ones.
+    """
+    config = _generation_config(model, tokenizer, end_ids=end_ids, do_sample=False)
+    with _own_settings_only(model, config), _contiguous_output_layer(model):
+        yield
+
+
+@contextmanager
+def _own_settings_only(model: Any, own: GenerationConfig | None = None) -> Iterator[None]:
     """Hide the base's generation_config, from which `generate` would fill every setting that ours leaves open."""
     owners = [model, model.get_base_model()] if hasattr(model, "get_base_model") else [model]
     stored = [owner.generation_config for owner in owners]
     for owner in owners:
-        owner.generation_config = GenerationConfig()
+        owner.generation_config = own or GenerationConfig()
     try:
         yield
     finally:

@@ -1,4 +1,4 @@
-"""95 % intervals of a share, and of the difference of two shares measured on the same questions."""
+"""95 % intervals of a share, of a mean, and of the difference of two shares measured on the same questions."""
 
 from __future__ import annotations
 
@@ -25,6 +25,40 @@ def wilson_interval(successes: int, trials: int) -> Interval:
     """
     interval = _import_stats().binomtest(successes, trials).proportion_ci(confidence_level=0.95, method="wilson")
     return Interval(low=float(interval.low), high=float(interval.high))
+
+
+_RESAMPLES = 10_000
+
+
+def mean_interval(values: Sequence[float]) -> Interval:
+    """95 % percentile bootstrap interval of a mean; values that are all equal give that value.
+
+    Questions are drawn with replacement, 10,000 times, with a fixed seed.
+
+    Raises:
+        UserError: scipy is not installed.
+    """
+    stats = _import_stats()
+    if min(values) == max(values):
+        return Interval(low=values[0], high=values[0])
+    found = stats.bootstrap(
+        (list(values),), _mean, n_resamples=_RESAMPLES, batch=500, vectorized=True, method="percentile", rng=0
+    )
+    return Interval(low=float(found.confidence_interval.low), high=float(found.confidence_interval.high))
+
+
+def share_interval(correct: Sequence[bool]) -> Interval:
+    """95 % interval of a share: `mean_interval`, and Wilson's where every question is right or every one is wrong.
+
+    Drawing from equal values cannot show any spread: 0 of 20 would be 0 for certain.
+    """
+    if all(correct) or not any(correct):
+        return wilson_interval(sum(correct), len(correct))
+    return mean_interval([float(value) for value in correct])
+
+
+def _mean(sample: Any, axis: int) -> Any:
+    return sample.mean(axis=axis)
 
 
 def paired_difference(before: Sequence[bool], after: Sequence[bool]) -> tuple[float, Interval]:

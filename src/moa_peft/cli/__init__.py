@@ -11,6 +11,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from moa_peft.cli.compare import compare
 from moa_peft.cli.count import count
 from moa_peft.cli.evaluate import evaluate
 from moa_peft.cli.execute import execute
@@ -44,6 +45,7 @@ app.command(context_settings=_ANY_OPTION)(train)
 app.command()(quickstart)
 app.command()(generate)
 app.command(name="eval")(evaluate)
+app.command()(compare)
 app.command()(methods)
 app.command(context_settings=_ANY_OPTION)(count)
 app.command(name="exec", context_settings=_ANY_WORD)(execute)

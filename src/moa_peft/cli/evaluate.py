@@ -1,31 +1,23 @@
-"""`moa eval`: accuracy of an adapter or a base model on sets of questions whose answers are numbers."""
+"""`moa eval`: scores of an adapter or a base model on question sets, programs, and tasks of lm-evaluation-harness."""
 
 from __future__ import annotations
 
-import json
 import os
 import shlex
-import shutil
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from moa_peft.errors import UserError
-from moa_peft.files import check_creatable
 
 if TYPE_CHECKING:
-    from rich.console import Console
-    from rich.table import Table
-
-    from moa_peft.data import Example
-    from moa_peft.evaluation import Score
+    from moa_peft.evaluation.folder import EvaluationFolder
+    from moa_peft.evaluation.question_sets import QuestionSet
+    from moa_peft.evaluation.run import ScoringSettings
     from moa_peft.generation import LoadedAdapter
-    from moa_peft.intervals import Interval
-
-RESULTS_FILE = "results.json"
-_PREDICTIONS_SUFFIX = ".predictions.jsonl"
 
 
 def evaluate(
@@ -35,15 +27,42 @@ def evaluate(
             help="Adapter folder, or a base model: folder, hub id, or 'packaged'.", metavar="MODEL_OR_ADAPTER"
         ),
     ],
-    data: Annotated[
-        list[str], typer.Option(help="JSON, JSONL or Parquet file of questions; may be given several times.")
-    ],
-    output: Annotated[
-        Path | None, typer.Option(help="Folder for results.json and NAME.predictions.jsonl; default: only a table.")
+    tasks: Annotated[
+        str | None,
+        typer.Option(
+            help="Question sets and suites, comma-separated: math, commonsense, code, AddSub, boolq, humaneval, ..."
+        ),
     ] = None,
-    limit: Annotated[int | None, typer.Option(help="Only the first questions of every file.")] = None,
+    data: Annotated[
+        list[str] | None,
+        typer.Option(help="Folder or hub id of the tasks (default: MOA_DATA); without --tasks, files of questions."),
+    ] = None,
+    scoring: Annotated[
+        str,
+        typer.Option(help="Comma-separated: generate, loglikelihood (of the options), nll (of reference answers)."),
+    ] = "generate",
+    legacy: Annotated[
+        bool, typer.Option("--legacy", help="Also read answers as the reference implementation does.")
+    ] = False,
+    train: Annotated[
+        str | None, typer.Option(help="Training rows; questions that occur there with other numbers are shown apart.")
+    ] = None,
+    harness: Annotated[str | None, typer.Option(help="Tasks of lm-evaluation-harness, comma-separated.")] = None,
+    execute_code: Annotated[
+        bool, typer.Option("--execute-code", help="Run what the model writes for humaneval and mbpp, in a sandbox.")
+    ] = False,
+    samples: Annotated[int, typer.Option(help="Programs for each problem of humaneval and mbpp.")] = 1,
+    temperature: Annotated[float | None, typer.Option(help="Of sampled programs; default: 0.7 for several.")] = None,
+    pass_at: Annotated[str, typer.Option(help="Which pass@k, comma-separated; each at most --samples.")] = "1",
+    include_path: Annotated[str | None, typer.Option(help="Folder with further harness tasks.")] = None,
+    num_fewshot: Annotated[int | None, typer.Option(help="Worked examples in a harness task's prompt.")] = None,
+    output: Annotated[
+        Path | None,
+        typer.Option(help="Folder for results and predictions; one that exists is continued. Default: a table only."),
+    ] = None,
+    limit: Annotated[int | None, typer.Option(help="Only the first questions of every set.")] = None,
     batch_size: Annotated[int, typer.Option(help="Questions at a time.")] = 32,
-    max_new_tokens: Annotated[int, typer.Option(help="Longest answer, in tokens.")] = 200,
+    max_new_tokens: Annotated[int | None, typer.Option(help="Longest answer, in tokens; default: by task.")] = None,
     template: Annotated[
         str | None, typer.Option(help="alpaca or chat; default: the one the adapter was trained with, else alpaca.")
     ] = None,
@@ -54,191 +73,186 @@ def evaluate(
     ] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace earlier results in --output.")] = False,
 ) -> None:
-    """Score questions whose answers are numbers.
+    """Score a model on question sets.
 
-    Answers are generated greedily. Strict counts only a number that the text states ("the answer is 12"); flexible
-    falls back on the last number of the text. Intervals are 95 % Wilson intervals. A row without the field `answer`
-    is compared with the number that its output states.
+    **generate**: answers are generated greedily, whatever the model's own settings say. Strict counts only an answer
+    that the text states ("the answer is 12"); flexible falls back on the last number, letter or label.
+    **loglikelihood**: the likeliest of the options. **nll**: nats per token of the written-out reference answer, over
+    rows where that answer is right. Intervals: 95 %, bootstrap over questions (Wilson where all are right or wrong).
 
     **Examples**
 
-        moa eval runs/qwen --data MultiArith.json --data AddSub.json --output results/qwen
+        moa eval runs/qwen --tasks math --data data/math --output results/qwen
 
-        moa eval packaged --data MultiArith.json --limit 100
+        moa eval runs/qwen --tasks boolq,arc_easy --data data/commonsense --scoring generate,loglikelihood
 
-        moa eval Qwen/Qwen3-0.6B --data gsm8k.json --template chat --max-new-tokens 400
+        moa eval packaged --data MultiArith.json --data own_questions.jsonl --limit 100
+
+        moa eval runs/qwen --tasks humaneval --data openai/openai_humaneval --execute-code --samples 10 --pass-at 1,10
+
+        moa eval runs/qwen --harness gsm8k,arc_easy --num-fewshot 5
+
+    **Files**: the question sets of the field are those of the LLM-Adapters collection (fields instruction, input,
+    output, answer). With --output, an interrupted evaluation goes on where it stopped, and further tasks and scorings
+    can be added to it.
     """
-    _check_options(template=template, dtype=dtype, batch_size=batch_size, max_new_tokens=max_new_tokens)
-    if output is not None:
-        _check_output(output, overwrite=overwrite)
-
     from rich.console import Console
 
-    sets = _load_sets(data, limit=limit)
-    loaded, kind = _load(model, base=base, dtype=dtype, trust_remote_code=trust_remote_code)
-    settings: dict[str, Any] = {
-        "model": model,
-        "kind": kind,
-        "base": base,
-        "data": dict(zip(sets, data, strict=True)),
-        "limit": limit,
-        "template": template or loaded.template or "alpaca",
-        "max_new_tokens": max_new_tokens,
-        "batch_size": batch_size,
-        "dtype": str(next(loaded.model.parameters()).dtype).removeprefix("torch."),
-        "decoding": "greedy",
-    }
+    from moa_peft.cli.evaluate_code import plan_code, score_code_tasks, split_code_tasks
+    from moa_peft.cli.score_tables import code_table
+    from moa_peft.evaluation.folder import EvaluationFolder
+    from moa_peft.evaluation.run import ScoringSettings, check_sets
+    from moa_peft.evaluation.selection import select_sets
+
+    _check_choice("--template", template, ("alpaca", "chat"))
+    _check_choice("--dtype", dtype, ("auto", "float32", "bfloat16", "float16"))
+    if not (tasks or data or harness):
+        raise UserError("eval: nothing to score. Give --tasks with --data, files with --data, or --harness.")
+    settings = ScoringSettings(
+        scorings=tuple(_words(scoring)),
+        template=template or _trained_template(model) or "alpaca",  # type: ignore[arg-type]
+        max_new_tokens=max_new_tokens,
+        batch_size=batch_size,
+        legacy=legacy,
+    )
+    folder = None if output is None else EvaluationFolder(output)
+    if folder is not None:
+        folder.check(overwrite=overwrite)
+    names, code_names = split_code_tasks(_words(tasks or ""))
+    places = data or ([os.environ["MOA_DATA"]] if tasks and os.environ.get("MOA_DATA") else [])
+    sets = select_sets(names, places, limit=limit, train=train) if names or (data and not tasks) else []
+    check_sets(sets, settings)
+    code = plan_code(
+        code_names,
+        places,
+        execute_code=execute_code,
+        samples=samples,
+        temperature=temperature,
+        pass_at=_words(pass_at),
+        # A base model goes on with the start of a module; one that was tuned on instructions gets an instruction.
+        template=template or _trained_template(model),
+        max_new_tokens=max_new_tokens,
+        limit=limit,
+    )
+    harness_tasks = _words(harness or "")
+    if harness_tasks:
+        from moa_peft.harness import check_harness_tasks
+
+        check_harness_tasks(harness_tasks, include_path=include_path)
     console = Console(stderr=True)
-    scores = _score_sets(loaded, sets, settings, console)
-    Console().print(_table(scores, title=model))
-    if output is not None:
-        _write(output, settings, scores)
-        console.print(f"Saved in {output}.", highlight=False, markup=False)
+    with nullcontext() if folder is None else folder.locked():
+        loaded, about = _load(model, base=base, dtype=dtype, trust_remote_code=trust_remote_code)
+        about |= {"template": settings.template, "max_new_tokens": max_new_tokens, "legacy": legacy}
+        if folder is not None:
+            tasks_of = {questions.name: _about_set(questions) for questions in sets}
+            folder.open(about, sets=tasks_of, overwrite=overwrite)
+        _score(loaded, sets, settings, folder=folder, title=model, console=console)
+        if code is not None:
+            scores = score_code_tasks(loaded, code, folder=folder, batch_size=batch_size, console=console)
+            Console().print(code_table(scores))
+        if harness_tasks:
+            options = {"include_path": include_path, "num_fewshot": num_fewshot, "limit": limit}
+            _score_harness(loaded, harness_tasks, folder=folder, batch_size=batch_size, console=console, **options)
+        if folder is not None:
+            folder.write(command=_command(), complete=True)
+            console.print(f"Saved in {output}.", highlight=False, markup=False)
 
 
-def _check_options(*, template: str | None, dtype: str, batch_size: int, max_new_tokens: int) -> None:
-    choices = {
-        "--template": (template, ("alpaca", "chat")),
-        "--dtype": (dtype, ("auto", "float32", "bfloat16", "float16")),
-    }
-    for name, (value, allowed) in choices.items():
-        if value is not None and value not in allowed:
-            raise UserError(f"{name}: {value!r} is not allowed; give one of {', '.join(allowed)}.")
-    for name, number in (("--batch-size", batch_size), ("--max-new-tokens", max_new_tokens)):
-        if number < 1:
-            raise UserError(f"{name}: {number} is not allowed; give at least 1.")
+def _about_set(questions: QuestionSet) -> dict[str, Any]:
+    task = questions.task
+    return {"task": task.name, "version": task.version, "digest": questions.digest, "rows": len(questions.examples)}
 
 
-def _check_output(folder: Path, *, overwrite: bool) -> None:
-    """Refuse to touch what exists, unless it is an earlier evaluation and may be replaced."""
-    check_creatable(folder, setting="--output")
-    if folder.exists() and not folder.is_dir():
-        raise UserError(f"--output: {str(folder)!r} is a file. Give a folder.")
-    check_creatable(folder.resolve().parent, setting="--output")
-    if not folder.is_dir() or not any(folder.iterdir()):
-        return
-    if not overwrite:
-        raise UserError(
-            f"--output: {str(folder)!r} exists and is not empty. Give another folder, or --overwrite to replace it."
-        )
-    strangers = [
-        file.name
-        for file in folder.iterdir()
-        if file.name != RESULTS_FILE and not file.name.endswith(_PREDICTIONS_SUFFIX)
-    ]
-    if strangers:
-        raise UserError(
-            f"--overwrite: {str(folder)!r} holds more than results of `moa eval` (for example {strangers[0]}), so it "
-            "will not be deleted.\nGive another folder, or empty that one yourself."
-        )
-
-
-def _load_sets(files: list[str], *, limit: int | None) -> dict[str, list[Example]]:
-    """The questions of every file, by a name of its own: the file's, with its folder where two are called the same."""
-    from moa_peft.data import load_examples
-    from moa_peft.evaluation import numeric_references
-
-    stems = [Path(file).stem for file in files]
-    names = [
-        stem if stems.count(stem) == 1 else f"{Path(file).absolute().parent.name}-{stem}"
-        for file, stem in zip(files, stems, strict=True)
-    ]
-    twice = next((name for name in names if names.count(name) > 1), None)
-    if twice is not None:
-        raise UserError(f"--data: two files would both be called {twice!r}. Rename one, or score them separately.")
-    sets = {}
-    for name, file in zip(names, files, strict=True):
-        sets[name] = load_examples(file, split="test", limit=limit, require_answer=False)
-        numeric_references(sets[name])
-    return sets
-
-
-def _load(model: str, *, base: str | None, dtype: str, trust_remote_code: bool) -> tuple[LoadedAdapter, str]:
-    """The model with its tokenizer, and whether it is an adapter or a base model."""
+def _load(
+    model: str, *, base: str | None, dtype: str, trust_remote_code: bool
+) -> tuple[LoadedAdapter, dict[str, Any]]:
+    """The model with its tokenizer, and what identifies it in a results file."""
     import torch
 
     from moa_peft.base_models import load_model, load_tokenizer
+    from moa_peft.evaluation.folder import folder_digest
     from moa_peft.generation import LoadedAdapter, load_adapter
 
     options: dict[str, Any] = {"dtype": dtype, "trust_remote_code": trust_remote_code}
-    if (Path(model).expanduser() / "adapter_config.json").is_file():
-        return load_adapter(model, base=base, **options), "adapter"
-    if base is not None:
+    path = Path(model).expanduser()
+    if (path / "adapter_config.json").is_file():
+        loaded, kind = load_adapter(model, base=base, **options), "adapter"
+    elif base is not None:
         raise UserError(f"--base: {model!r} is no adapter folder (no adapter_config.json), so it has no base model.")
-    tokenizer = load_tokenizer(model, trust_remote_code=trust_remote_code)
-    plain: Any = load_model(model, **options)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    return LoadedAdapter(model=plain.to(device).eval(), tokenizer=tokenizer, template=None), "base model"
+    else:
+        tokenizer = load_tokenizer(model, trust_remote_code=trust_remote_code)
+        plain: Any = load_model(model, **options)
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        loaded = LoadedAdapter(model=plain.to(device).eval(), tokenizer=tokenizer, template=None)
+        kind = "base model"
+    stored = str(next(loaded.model.parameters()).dtype).removeprefix("torch.")
+    about = {"model": model, "kind": kind, "digest": folder_digest(path), "base": base, "dtype": stored}
+    return loaded, {**about, "decoding": "greedy"}
 
 
-def _score_sets(
-    loaded: LoadedAdapter, sets: dict[str, list[Example]], settings: dict[str, Any], console: Console
-) -> dict[str, Score]:
-    from moa_peft.evaluation import check_lengths, score_numeric
+def _trained_template(model: str) -> str | None:
+    """The template that an adapter was trained with; None for a base model, or without a record of it."""
+    from moa_peft.generation import trained_template
 
-    options = {name: settings[name] for name in ("template", "max_new_tokens")}
-    for examples in sets.values():
-        check_lengths(loaded.model, loaded.tokenizer, examples, **options)
-    scores: dict[str, Score] = {}
-    for name, examples in sets.items():
-        console.print(f"{name}: {len(examples):,} questions", highlight=False, markup=False)
-        scores[name] = score_numeric(
-            loaded.model,
-            loaded.tokenizer,
-            examples,
-            **options,
-            batch_size=settings["batch_size"],
-            console=console,
-        )
-    return scores
+    return trained_template(Path(model).expanduser())
 
 
-def _table(scores: dict[str, Score], *, title: str) -> Table:
-    from rich.markup import escape
-    from rich.table import Table
+def _score(
+    loaded: LoadedAdapter,
+    sets: list[QuestionSet],
+    settings: ScoringSettings,
+    *,
+    folder: EvaluationFolder | None,
+    title: str,
+    console: Any,
+) -> None:
+    from rich.console import Console
 
-    table = Table("set", title=escape(title))
-    for column in ("items", "strict %", "95 % interval", "flexible %", "missing"):
-        table.add_column(column, justify="right")
-    for name, score in scores.items():
-        table.add_row(
-            escape(name),
-            f"{score.num_items:,}",
-            f"{100 * score.accuracy_strict:.1f}",
-            format_interval(score.interval_strict),
-            f"{100 * score.accuracy_flexible:.1f}",
-            f"{score.missing_strict:,}",
-        )
-    return table
+    from moa_peft.cli.score_tables import score_tables
+    from moa_peft.evaluation.run import score_sets, suite_means
+
+    if not sets:
+        return
+
+    def save() -> None:
+        if folder is not None:
+            folder.write(command=_command(), complete=False)
+
+    save()
+    results = score_sets(
+        loaded.model, loaded.tokenizer, sets, settings, folder=folder, console=console, after_set=save
+    )
+    means = suite_means(sets, results)
+    if folder is not None:
+        folder.add("suites", means)
+    for table in score_tables(results, means, title=title):
+        Console().print(table)
 
 
-def format_interval(interval: Interval) -> str:
-    """`3.1 to 12.5`, in percent or points."""
-    return f"{100 * interval.low:.1f} to {100 * interval.high:.1f}"
+def _score_harness(
+    loaded: LoadedAdapter, tasks: list[str], *, folder: EvaluationFolder | None, console: Any, **options: Any
+) -> None:
+    from rich.console import Console
+
+    from moa_peft.cli.score_tables import harness_table
+    from moa_peft.harness import run_harness
+
+    console.print(f"lm-evaluation-harness: {', '.join(tasks)}", highlight=False, markup=False)
+    result = run_harness(loaded.model, loaded.tokenizer, tasks, **options)
+    if folder is not None:
+        folder.add("harness", result.to_dict())
+        folder.write_samples(result.samples)
+    Console().print(harness_table(result))
 
 
-def _write(folder: Path, settings: dict[str, Any], scores: dict[str, Score]) -> None:
-    """Write everything into a folder beside, then rename it into place."""
-    from moa_peft.environment import library_versions
+def _words(text: str) -> list[str]:
+    return [word.strip() for word in text.split(",") if word.strip()]
 
-    results = {
-        "command": shlex.join(["moa", *sys.argv[1:]]),
-        "settings": settings,
-        "versions": library_versions(),
-        "scores": {name: score.to_dict() for name, score in scores.items()},
-    }
-    # A link to a folder stays a link: what it points to is replaced.
-    folder = folder.resolve()
-    staging = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
-    staging.mkdir(parents=True)
-    try:
-        for name, score in scores.items():
-            lines = [json.dumps(prediction.to_dict(), ensure_ascii=False) for prediction in score.predictions]
-            (staging / f"{name}{_PREDICTIONS_SUFFIX}").write_text("\n".join(lines) + "\n", encoding="utf-8")
-        (staging / RESULTS_FILE).write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
-        if folder.is_dir():
-            shutil.rmtree(folder)
-        os.replace(staging, folder)
-    except BaseException:
-        shutil.rmtree(staging, ignore_errors=True)
-        raise
+
+def _check_choice(name: str, value: str | None, allowed: tuple[str, ...]) -> None:
+    if value is not None and value not in allowed:
+        raise UserError(f"{name}: {value!r} is not allowed; give one of {', '.join(allowed)}.")
+
+
+def _command() -> str:
+    return shlex.join(["moa", *sys.argv[1:]])

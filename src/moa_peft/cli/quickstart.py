@@ -66,7 +66,7 @@ def _report(result: QuickstartResult, console: Console) -> None:
     """Accuracy, two samples, where everything is, and what to try next."""
     from rich.table import Table
 
-    from moa_peft.cli.evaluate import format_interval
+    from moa_peft.cli.score_tables import format_interval
     from moa_peft.quickstart.run import RESULTS_FILE, samples
 
     table = Table("held-out word problems", title="Strict accuracy (the answer must be stated)")
@@ -96,18 +96,19 @@ def _report(result: QuickstartResult, console: Console) -> None:
 
 
 def _cells(score: Score) -> list[str]:
-    from moa_peft.cli.evaluate import format_interval
+    from moa_peft.cli.score_tables import format_interval
 
+    strict, flexible = score.accuracy("strict"), score.accuracy("flexible")
     return [
-        f"{score.correct_strict}/{score.num_items}",
-        f"{100 * score.accuracy_strict:.1f}",
-        format_interval(score.interval_strict),
-        f"{100 * score.accuracy_flexible:.1f}",
-        str(score.missing_strict),
+        f"{strict.correct}/{score.num_items}",
+        f"{100 * strict.value:.1f}",
+        format_interval(strict.interval),
+        f"{100 * flexible.value:.1f}",
+        str(strict.missing),
     ]
 
 
 def _print_sample(sample: Prediction, console: Console) -> None:
-    verdict = "right" if sample.correct_strict else f"wrong, it is {sample.reference:g}"
+    verdict = "right" if sample.correct["strict"] else f"wrong, it is {sample.reference}"
     console.print(f"\nQuestion: {sample.question}", highlight=False, markup=False)
     console.print(f"Answer:   {sample.output.strip()}  ({verdict})", highlight=False, markup=False)

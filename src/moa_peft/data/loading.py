@@ -59,9 +59,9 @@ def load_examples(
     if local.is_dir():
         rows = _folder_rows(local, split)
     elif local.exists():
-        rows = _file_rows(local)
-    elif isinstance(path, str) and _HUB_ID.fullmatch(path) and not path.endswith(SUFFIXES):
-        rows = _hub_rows(path, split)
+        rows = file_rows(local)
+    elif isinstance(path, str) and is_hub_id(path):
+        rows = hub_rows(path, split)
     else:
         raise UserError(
             f"There is no file or folder {path} (looked in {Path.cwd()}). Give a {', '.join(SUFFIXES)} file, a folder "
@@ -77,10 +77,10 @@ def load_examples(
     return examples
 
 
-_Row = tuple[Any, str, str | None]  # the row, where it stands, the split its file or hub call states
+Row = tuple[Any, str, str | None]  # the row, where it stands, the split its file or hub call states
 
 
-def _folder_rows(folder: Path, split: str) -> Iterator[_Row]:
+def _folder_rows(folder: Path, split: str) -> Iterator[Row]:
     files = sorted(file for file in folder.iterdir() if file.suffix.lower() in SUFFIXES and file.is_file())
     if not files:
         raise UserError(
@@ -99,7 +99,7 @@ def _folder_rows(folder: Path, split: str) -> Iterator[_Row]:
         )
     logger.info("Split %s of %s: %s", split, folder, ", ".join(file.name for file in chosen))
     for file in chosen:
-        yield from _file_rows(file)
+        yield from file_rows(file)
 
 
 def _split_of(file: Path) -> str | None:
@@ -109,7 +109,12 @@ def _split_of(file: Path) -> str | None:
     return None
 
 
-def _file_rows(file: Path) -> Iterator[_Row]:
+def file_rows(file: Path) -> Iterator[Row]:
+    """The rows of a .json, .jsonl or .parquet file, each with its place for messages and the split of the name.
+
+    Raises:
+        UserError: the file is of another kind, empty, or cannot be read or decoded.
+    """
     readers = {".json": _json_rows, ".jsonl": _jsonl_rows, ".parquet": _parquet_rows}
     reader = readers.get(file.suffix.lower())
     if reader is None:
@@ -174,7 +179,17 @@ def _parquet_rows(file: Path) -> Iterator[tuple[Any, str]]:
         raise UserError(f"{file} is not a readable Parquet file: {error}. Write it again or give another.") from error
 
 
-def _hub_rows(path: str, split: str) -> Iterator[_Row]:
+def is_hub_id(path: str) -> bool:
+    """Whether `path` has the form org/name or org/name:config and is no name of a data file."""
+    return _HUB_ID.fullmatch(path) is not None and not path.endswith(SUFFIXES)
+
+
+def hub_rows(path: str, split: str) -> Iterator[Row]:
+    """The rows of a data set on the hub, each with its place for messages and its split.
+
+    Raises:
+        UserError: `datasets` is not installed, or the data set cannot be had.
+    """
     datasets = import_from_train_extra("datasets")
     name, _, config = path.partition(":")
     try:

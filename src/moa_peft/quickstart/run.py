@@ -12,7 +12,6 @@ from __future__ import annotations
 import gc
 import json
 import shutil
-import sys
 import tempfile
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -21,19 +20,18 @@ from typing import Any
 import torch
 from rich.console import Console
 
+from moa_peft.answers import AnswerFormat
 from moa_peft.base_models import PACKAGED, Dtype, load_model, load_tokenizer
 from moa_peft.data import Example, load_examples
-from moa_peft.environment import library_versions
+from moa_peft.environment import library_versions, peak_memory_bytes
 from moa_peft.errors import UserError
-from moa_peft.evaluation import Prediction, Score, score_numeric
+from moa_peft.evaluation import Prediction, Score, answer_questions
 from moa_peft.files import write_atomically
 from moa_peft.generation import load_adapter
 from moa_peft.intervals import Interval, paired_difference, require_scipy
 from moa_peft.quickstart.base_model import gemma_terms, packaged_base_model
 from moa_peft.quickstart.time_budget import (
     NUM_TIMED_STEPS,
-    NUM_UNTIMED_STEPS,
-    StepTimer,
     StopInTime,
     TimeBudget,
     fitted_steps,
@@ -41,6 +39,7 @@ from moa_peft.quickstart.time_budget import (
 from moa_peft.quickstart.word_problems import write_word_problems
 from moa_peft.training import TrainRecipe, parse_recipe, train
 from moa_peft.training.adapters import adapter_config
+from moa_peft.training.step_times import NUM_UNTIMED_STEPS, StepTimer
 
 RESULTS_FILE = "quickstart.json"
 DATA_FOLDER = "data"
@@ -99,8 +98,8 @@ class QuickstartResult:
 
     output_dir: Path
     adapter_dir: Path
-    before: Score
-    after: Score
+    before: Score[Prediction]
+    after: Score[Prediction]
     rise: float
     rise_interval: Interval
     steps: int
@@ -174,10 +173,7 @@ def run_quickstart(
     console.print(f"Scoring the adapter on the same {len(examples)} problems.", highlight=False)
     loaded = load_adapter(trained.output_dir, dtype=dtype, device="cpu")
     after = score_word_problems(loaded.model, loaded.tokenizer, examples, console=console)
-    rise, interval = paired_difference(
-        [prediction.correct_strict for prediction in before.predictions],
-        [prediction.correct_strict for prediction in after.predictions],
-    )
+    rise, interval = paired_difference(before.correct("strict"), after.correct("strict"))
     result = QuickstartResult(
         output_dir=folder,
         adapter_dir=trained.output_dir,
@@ -235,17 +231,19 @@ def with_steps(recipe: TrainRecipe, steps: int) -> TrainRecipe:
     return replace(recipe, trainer={**recipe.trainer, "max_steps": steps, "warmup_steps": max(1, steps // 10)})
 
 
-def score_word_problems(model: Any, tokenizer: Any, examples: list[Example], *, console: Console) -> Score:
+def score_word_problems(model: Any, tokenizer: Any, examples: list[Example], *, console: Console) -> Score[Prediction]:
     """Answer word problems as the quickstart does, before and after training."""
-    return score_numeric(
+    predictions = answer_questions(
         model,
         tokenizer,
         examples,
+        format=AnswerFormat(kind="number"),
         template=_TEMPLATE,
         max_new_tokens=_MAX_NEW_TOKENS,
         batch_size=_EVALUATION_BATCH,
         console=console,
     )
+    return Score(predictions)
 
 
 def time_steps(recipe: TrainRecipe, *, budget: TimeBudget) -> float:
@@ -260,7 +258,7 @@ def time_steps(recipe: TrainRecipe, *, budget: TimeBudget) -> float:
         )
         train(short, callbacks=[timer], console=Console(quiet=True))
     gc.collect()
-    return timer.step_s
+    return timer.fastest_s
 
 
 def faster_dtype() -> Dtype:
@@ -283,16 +281,6 @@ def faster_dtype() -> Dtype:
             times.append(time.perf_counter() - began_s)
         seconds[name] = min(times)
     return "bfloat16" if seconds["bfloat16"] < 0.8 * seconds["float32"] else "float32"
-
-
-def peak_memory_bytes() -> int | None:
-    """Peak resident memory of this process; None on systems without `getrusage`."""
-    if sys.platform == "win32":
-        return None
-    import resource
-
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
 
 
 def _check(settings: QuickstartSettings, recipe: TrainRecipe) -> None:

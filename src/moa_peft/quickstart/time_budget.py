@@ -16,7 +16,6 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 Clock = Callable[[], float]
 
-NUM_UNTIMED_STEPS = 1  # the first step allocates memory and compiles kernels
 NUM_TIMED_STEPS = 3
 MIN_STEPS = 10
 
@@ -49,36 +48,6 @@ def fitted_steps(*, step_s: float, left_s: float, max_steps: int) -> int:
     """How many steps of `step_s` seconds fit into `left_s`: at least `MIN_STEPS`, at most `max_steps`."""
     assert step_s > 0
     return max(MIN_STEPS, min(max_steps, int(left_s / step_s)))
-
-
-class StepTimer(TrainerCallback):
-    """Measures every optimiser step.
-
-    Attributes:
-        seconds: duration of each step so far.
-    """
-
-    def __init__(self, *, clock: Clock = time.monotonic) -> None:
-        self._clock = clock
-        self._began_s = 0.0
-        self.seconds: list[float] = []
-
-    @property
-    def step_s(self) -> float:
-        """The fastest of the timed steps: what the machine can do; `StopInTime` covers steps that turn out slower."""
-        return min(self.seconds[NUM_UNTIMED_STEPS:])
-
-    def on_step_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """Start the clock."""
-        self._began_s = self._clock()
-
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """Stop the clock."""
-        self.seconds.append(self._clock() - self._began_s)
 
 
 class StopInTime(TrainerCallback):

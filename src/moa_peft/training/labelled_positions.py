@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import nn
@@ -27,12 +27,12 @@ class LabelledPositions:
 
     Attributes:
         mask_BT: position t is True when the token at t + 1 has a label.
-        targets_N: the labels that those positions predict, in row-major order.
+        targets_N: the labels that those positions predict, in row-major order; empty where only logits are wanted.
         selected: the output layer has received the selected rows in this forward.
     """
 
     mask_BT: torch.Tensor
-    targets_N: torch.Tensor
+    targets_N: torch.Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.long))
     selected: bool = False
 
     @classmethod
@@ -84,8 +84,15 @@ def only_labelled_positions(output_layer: nn.Module | None, labels_BT: torch.Ten
         The positions, to compute the loss from the logits of the forward that ran inside.
     """
     positions = LabelledPositions.from_labels(labels_BT)
-    if output_layer is None:
+    with restricted_output_layer(output_layer, positions):
         yield positions
+
+
+@contextmanager
+def restricted_output_layer(output_layer: nn.Module | None, positions: LabelledPositions) -> Iterator[None]:
+    """While active, `output_layer` computes the given positions only and notes that in `positions.selected`."""
+    if output_layer is None:
+        yield
         return
 
     def keep_labelled_rows(_module: nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
@@ -94,6 +101,6 @@ def only_labelled_positions(output_layer: nn.Module | None, labels_BT: torch.Ten
 
     handle = output_layer.register_forward_pre_hook(keep_labelled_rows)
     try:
-        yield positions
+        yield
     finally:
         handle.remove()

@@ -27,7 +27,7 @@ from moa_peft.data import (
     split_validation,
     tokenize_examples,
 )
-from moa_peft.environment import library_versions
+from moa_peft.environment import library_versions, peak_memory_bytes
 from moa_peft.errors import UserError
 from moa_peft.files import move_files
 from moa_peft.generation import max_positions
@@ -40,6 +40,7 @@ from moa_peft.training.option_checks import check_hub, check_optimizer
 from moa_peft.training.progress import TrainingProgress
 from moa_peft.training.recipe import TrainRecipe
 from moa_peft.training.run_folder import RECIPE_FILE, STAGING, TENSORBOARD, RunFolder, check_disk_space
+from moa_peft.training.step_times import StepTimer
 from moa_peft.training.trainer import MoATrainer
 
 
@@ -115,7 +116,7 @@ def train(
     record = _first_record(recipe, prepared, trainable=trainable, total=total)
     record["timings"]["load_model_s"] = round(time.monotonic() - started_s, 2)
     stop = StopOnSignal(console)
-    progress = TrainingProgress(console)
+    progress, timer = TrainingProgress(console), StepTimer()
     try:
         trainer = MoATrainer(
             model,
@@ -123,7 +124,7 @@ def train(
             train_dataset=prepared.train_rows,
             eval_dataset=prepared.validation_rows,
             data_collator=CompletionCollator(pad_token_id(prepared.tokenizer)),
-            callbacks=[*callbacks, progress, stop],
+            callbacks=[*callbacks, progress, stop, timer],
             router_parameters=router_parameters(model),
             prompt_mask=getattr(prepared.config, "granularity", "token") == "sequence",
         )
@@ -141,7 +142,7 @@ def train(
     checkpoint = folder.last_checkpoint() if recipe.options.resume else checkpoint
     try:
         with stop.installed():
-            result = _train_and_save(trainer, folder, record, prepared.tokenizer, stop, checkpoint)
+            result = _train_and_save(trainer, folder, record, prepared.tokenizer, stop, timer, checkpoint)
     except BaseException as error:
         if is_main:
             _record_failure(folder, error, trainer)
@@ -227,6 +228,7 @@ def _train_and_save(
     record: dict[str, Any],
     tokenizer: PreTrainedTokenizerBase,
     stop: StopOnSignal,
+    timer: StepTimer,
     checkpoint: Path | None,
 ) -> RunResult:
     started_s = time.monotonic()
@@ -239,8 +241,8 @@ def _train_and_save(
             f"To go on: moa train {folder.path / RECIPE_FILE} --resume",
             signal_number=stop.signal_number,
         )
-    results = _results(trainer)
-    timings = {**record["timings"], "train_s": train_s}
+    results = {**_results(trainer), "peak_memory_bytes": _peak_memory_bytes(trainer.args.device)}
+    timings = {**record["timings"], "train_s": train_s, "median_step_s": timer.median_s}
     _save(trainer, folder, {**record, "results": results}, tokenizer)
     if trainer.args.process_index == 0:
         folder.close("completed", results=results, timings=timings, log=state.log_history)
@@ -284,6 +286,11 @@ def _results(trainer: MoATrainer) -> dict[str, Any]:
         "epochs": state.epoch,
         "tokens": int(state.num_input_tokens_seen),
     }
+
+
+def _peak_memory_bytes(device: torch.device) -> int | None:
+    """Peak memory so far: of the tensors on a GPU, of the whole process elsewhere."""
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else peak_memory_bytes()
 
 
 def _first_record(recipe: TrainRecipe, prepared: _Prepared, *, trainable: int, total: int) -> dict[str, Any]:

@@ -1,0 +1,15 @@
+"""Reading the answer out of what a model wrote: numbers, letters of choices, labels of options."""
+
+from moa_peft.answers.formats import AnswerFormat, AnswerKind, AnswerMode
+from moa_peft.answers.latex import require_math_verify
+from moa_peft.answers.numbers import ExtractionMode, extract_number, numbers_match
+
+__all__ = [
+    "AnswerFormat",
+    "AnswerKind",
+    "AnswerMode",
+    "ExtractionMode",
+    "extract_number",
+    "numbers_match",
+    "require_math_verify",
+]

@@ -1,0 +1,85 @@
+"""The letter of a multiple-choice answer, such as AQuA's (A) to (E).
+
+A capital letter alone proves nothing: "A" is also a word and the mark before an answer ("A: ..."), "B" a train or a
+point. `strict` reads the first statement of an answer, `flexible` falls back on the last letter that stands as an
+option: "(C)", "C.", "option C".
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from functools import lru_cache
+
+from moa_peft.answers.latex import plain_latex
+from moa_peft.answers.mentions import Mention, counted
+from moa_peft.answers.statements import own_answer, stated_parts, without_format_lines
+
+# "A because ..." is a letter, "A number ..." the article.
+_AFTER_LETTER = r"because|since|as|which|and|or|is|with|for|but|due|given|not"
+
+
+def extract_letter(text: str, *, choices: Sequence[str], flexible: bool) -> str | None:
+    """Read the chosen letter out of a generated text.
+
+    Args:
+        text: what the model wrote.
+        choices: the letters, in order.
+        flexible: whether the last letter that stands as an option counts where no statement holds one.
+
+    Returns:
+        The letter, or None: there is none, or the text denies it, lists several, or only repeats the choices.
+    """
+    text = plain_latex(own_answer(text))
+    for part in stated_parts(text):
+        mentions = counted(list(_mentions(part, tuple(choices), stated=True)), part, choices=choices)
+        if mentions:
+            return mentions[0].choice
+    if not flexible:
+        return None
+    text = without_format_lines(text)
+    mentions = counted(list(_mentions(text, tuple(choices), stated=False)), text, choices=choices)
+    return mentions[-1].choice if mentions else None
+
+
+def _mentions(text: str, choices: tuple[str, ...], *, stated: bool) -> Iterator[Mention]:
+    pattern = _pattern(choices, stated)
+    for match in pattern.finditer(text):
+        name = match.lastgroup
+        assert name is not None
+        yield Mention(choice=match[name].upper(), start=match.start(name), end=match.end(name))
+
+
+@lru_cache(maxsize=32)
+def _pattern(choices: tuple[str, ...], stated: bool) -> re.Pattern[str]:
+    """The places where a letter is an option; in a statement also where it stands first or after "or"."""
+    letters = "".join(map(re.escape, choices))
+    upper, any_case = f"[{letters}]", f"[{letters}{letters.lower()}]"
+    # The letter is not the article, and no word, possessive, initial or formula goes on after it.
+    article = rf"(?<=A)\s+(?!(?:{_AFTER_LETTER})\b)[a-z]"
+    whole = rf"(?![\w']|\.\w|\s*[+*/^<>\u00d7])(?!{article})"
+    end = rf"(?![:]|\s*=){whole}"
+    # Bounded, because a long run of blanks that is tried from every line would cost its square.
+    opened, marks = r"[(\[\"'*_`{$<]*", r"[ \t*_`\"'$]{0,20}"
+    places = [
+        # A function's argument such as P(A) is none.
+        rf"(?<![A-Za-z0-9)])(?<!\bP )[(\[]\s*(?P<enclosed>{any_case})\s*[)\]]",
+        rf"\b(?i:option|choice|letter|answer)\s+{opened}(?P<named>{upper}){whole}",
+        rf"\b(?i:option|choice)\s+(?P<small_named>{any_case})(?=[.,:)]|\s+is\b|$)",
+        rf"^[>#]{{0,6}}{marks}(?:A:[ \t]{{0,9}})?[*_`\"'$]{{0,4}}(?P<line>{upper})[.!)]{{0,3}}{marks}$",
+        rf"^[ \t*_]*(?P<item>{upper})\)(?=\s|$)",
+        # Not a temperature: "30 C.", "30 \u00b0C."
+        rf"(?<![\w.'\u00b0/+*=-])(?<![0-9\u00b0][ ])(?P<dotted>{upper})(?=\.(?:[\s*_`\"')]|$))",
+        rf"(?:\b(?i:choose|chose|picks?|picked|selects?|selected|is|be|so|therefore|thus|hence)[,:]?\s+"
+        rf"|'s\s+|(?:=>|->|\u2192|\u2234)\s*){opened}(?P<cued>{upper}){end}",
+        rf"(?<![\w'])(?P<judged>{upper})(?=[)*_`\"']*\s+is\s+(?:the\s+)?(?:correct|right|best|answer)\b)",
+    ]
+    if stated:
+        places = [
+            rf"\A{marks}[(\[{{<]*(?P<only>{any_case})[\s*_`\"')\]}}>$.,]*\Z",
+            rf"\A{marks}[(\[{{<]*(?P<first>{upper}){whole}",
+            rf"\A\s*(?P<small>{any_case})[).]\s",
+            rf"(?:\bor|\band|[,/&])\s*{opened}(?P<other>{upper}){end}",
+            *places,
+        ]
+    return re.compile("|".join(places), re.MULTILINE)

@@ -1,0 +1,109 @@
+"""Mentions of choices in a text, and which of them count: not the denied ones, not lists of alternatives, not echoes.
+
+A text that says "not answer1", "answer1, answer2 or answer3" or repeats the choices of its question has named labels
+without choosing one.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+_DENIED_BEFORE = re.compile(
+    r"(?:\b(?:not|never|neither|nor|cannot|except|than|instead\s+of)|n't"
+    r"|\b(?:eliminat|exclud|reject|discard)\w*|\brul(?:e|es|ed|ing)\s+out)\s+"
+    r"(?:(?:be|the|an?|either|option|choice|answer|solution|ending|necessarily)\s+){0,3}[(\[\"'*_`]*\Z",
+    re.IGNORECASE,
+)
+_DENIED_AFTER = re.compile(
+    r"[)\]\"'*_`]*\s+(?:"
+    r"(?:is|are|was|were)\s+(?:\w+ly\s+|also\s+|both\s+)?(?:not|wrong|incorrect|false|impossible|eliminated|ruled)\b"
+    r"|(?:is|are|was|were|ca|could|would|wo|does|do)n't\b|cannot\b|(?:can|could|would|does|do)\s+not\b)",
+    re.IGNORECASE,
+)
+_CLOSING = r"[)\]\"'*_`]*\s*"
+_OPENING = r"\s*(?:(?:the|either|option|choice|answer|solution)\s+)*[(\[\"'*_`]*"
+_COMMA = re.compile(rf"{_CLOSING},{_OPENING}")
+_OR = re.compile(rf"{_CLOSING},?\s*(?:/|&|\||\bor\b|\band\b|\band/or\b){_OPENING}", re.IGNORECASE)
+# The mark after the label of a repeated choice: "Solution1: ...", "B. ..." at the beginning of a line.
+_COLON = re.compile(r"[)\]*_]*\s*:")
+_DOT = re.compile(r"[.)]")
+_LINE_START = re.compile(r"(?:\A|\n)[ \t*_(\[-]*\Z")
+_JUDGES = re.compile(r"\b(?:is|are|was|would|because|since|so|but)\b|\n\s*\n", re.IGNORECASE)
+_LONGEST_CHOICE = 200
+_LOOK_BACK = 80
+
+
+@dataclass(frozen=True, kw_only=True)
+class Mention:
+    """One place of a text that names a choice; `start` and `end` enclose the label."""
+
+    choice: str
+    start: int
+    end: int
+
+
+def counted(mentions: Sequence[Mention], text: str, *, choices: Sequence[str]) -> list[Mention]:
+    """The mentions that choose.
+
+    Args:
+        mentions: in the order of the text.
+        text: where they stand.
+        choices: all labels in their order, to tell a repeated list of choices.
+
+    Returns:
+        Those that are neither denied, nor in a list of alternatives, nor in a repetition of the choices.
+    """
+    kept = [mention for mention in mentions if not _DENIED_AFTER.match(text, mention.end)]
+    denied = {m for m in kept if _DENIED_BEFORE.search(text, max(0, m.start - _LOOK_BACK), m.start)}
+    dropped = denied | _alternatives(kept, text) | _headings(kept, text) | _echoes(kept, text, choices)
+    return [mention for mention in kept if mention not in dropped]
+
+
+def _alternatives(mentions: list[Mention], text: str) -> set[Mention]:
+    """Mentions in lists such as "answer1, answer2 or answer3", "true/false"; two with only a comma are no list."""
+    found: set[Mention] = set()
+    chain: list[Mention] = []
+    joined_by_or = False
+    for mention in mentions:
+        gap = text[chain[-1].end : mention.start] if chain and mention.start - chain[-1].end < _LOOK_BACK else None
+        by_or = gap is not None and _OR.fullmatch(gap) is not None
+        if gap is None or not (by_or or _COMMA.fullmatch(gap)):
+            chain, joined_by_or = [], False
+        chain.append(mention)
+        joined_by_or |= by_or
+        if len({item.choice for item in chain}) > 1 and (joined_by_or or len(chain) > 2):
+            found.update(chain)
+    return found
+
+
+def _headings(mentions: list[Mention], text: str) -> set[Mention]:
+    """Labels of two or more choices that are repeated with their texts."""
+    headings = {
+        mention
+        for mention in mentions
+        if _COLON.match(text, mention.end)
+        or (
+            _DOT.match(text, mention.end)
+            and _LINE_START.search(text, max(0, mention.start - _LOOK_BACK), mention.start)
+        )
+    }
+    return headings if len({mention.choice for mention in headings}) > 1 else set()
+
+
+def _echoes(mentions: list[Mention], text: str, choices: Sequence[str]) -> set[Mention]:
+    """Runs "(A) 12 (B) 15 (C) 18": three or more in order from the first choice on, with nothing said about them."""
+    found: set[Mention] = set()
+    run: list[Mention] = []
+    for mention in mentions:
+        gap = text[run[-1].end : mention.start] if run else ""
+        if not (len(run) < len(choices) and mention.choice == choices[len(run)]) or (
+            run and (len(gap) > _LONGEST_CHOICE or _JUDGES.search(gap))
+        ):
+            run = []
+        if run or mention.choice == choices[0]:
+            run.append(mention)
+        if len(run) > 2:
+            found.update(run)
+    return found

@@ -1,0 +1,132 @@
+"""`moa compare`: methods x seeds x data on one budget, ending in a table."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+
+from moa_peft.errors import UserError
+
+if TYPE_CHECKING:
+    from moa_peft.study.runner import Study, StudyOutcome
+
+EXIT_INCOMPLETE = 1
+"""Runs failed or are missing; the report says which."""
+
+
+def compare(
+    study: Annotated[Path, typer.Argument(help="YAML file; see the folder studies/.", metavar="STUDY.yaml")],
+    output: Annotated[
+        Path, typer.Option(help="Folder of the study. One that exists is continued, never overwritten.")
+    ],
+    data: Annotated[
+        Path | None,
+        typer.Option(help="Folder that the data paths are below; default: MOA_DATA, else the study's own folder."),
+    ] = None,
+    processes: Annotated[int, typer.Option(help="Runs at a time, each in a process of its own.")] = 1,
+    threads: Annotated[int | None, typer.Option(help="CPU threads of a run; default: the cores shared out.")] = None,
+    minutes: Annotated[float | None, typer.Option(help="Start no run after this time; the rest is for later.")] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Check everything, list what is missing, run nothing.")
+    ] = False,
+) -> None:
+    """Compare methods, with the same data, steps and tries of learning rates, over several seeds.
+
+    Every run is trained like `moa train` and scored like `moa eval`. What is there is not run again: after Ctrl-C, a
+    kill or a change to the study (further rows, seeds, data), the same command goes on. Several machines or terminals
+    may work on one folder.
+
+    **Examples**
+
+        moa compare studies/smoke.yaml --output runs/smoke
+
+        moa compare studies/mixtures.yaml --data data --output runs/mixtures --processes 2
+
+        moa compare studies/mixtures.yaml --data data --output runs/mixtures --dry-run
+
+    **Study file**: name, question; recipe: keys of a recipe that all runs share; data: per data set train, test,
+    tasks, scorings (nll, generate, loglikelihood), train_rows, test_rows, max_new_tokens, batch_size, rows, seeds;
+    rows: per row method, moa, recipe, matched_to, learning_rate_of, seeds, note; seeds; search: data, learning_rate,
+    max_steps, seed; baseline; primary (nll, accuracy_strict, accuracy_flexible, accuracy); margin;
+    parameter_tolerance.
+
+    **Result**: table.md, table.csv, table.tex, results.json, accuracy.png and .svg; records/ and search/ with one
+    small file per run, which are all that is needed to go on or to print the tables again; runs/ with adapters,
+    predictions and logs.
+
+    **Exit codes**: 0 when every run is there, 1 when runs failed or are missing, 2 for a mistake in the study.
+    """
+    from moa_peft.study.runner import Study
+    from moa_peft.study.spec import load_study
+
+    for name, value in (("--processes", processes), ("--threads", 1 if threads is None else threads)):
+        if value < 1:
+            raise UserError(f"{name}: {value} is not allowed; give at least 1.")
+    spec = load_study(study)
+    root = data or Path(os.environ.get("MOA_DATA") or study.parent)
+    if not root.is_dir():
+        raise UserError(f"--data: there is no folder {str(root)!r}.")
+    console = Console(stderr=True)
+    work = Study(spec, roots=(root, study.parent), output=output)
+    waiting, everything = work.jobs()
+    console.print(
+        f"{spec.name}: {len(everything)} runs; {len(waiting)} jobs can start now.", highlight=False, markup=False
+    )
+    if dry_run:
+        for job in waiting:
+            typer.echo(job.name)
+        return
+    outcome = work.run(
+        processes=processes,
+        threads=threads or max(1, (os.cpu_count() or 1) // processes),
+        console=console,
+        limit_s=None if minutes is None else minutes * 60,
+    )
+    _report(work, outcome, command=shlex.join(["moa", *sys.argv[1:]]), console=console)
+    if outcome.missing or outcome.failed:
+        raise typer.Exit(EXIT_INCOMPLETE)
+
+
+def _report(work: Study, outcome: StudyOutcome, *, command: str, console: Console) -> None:
+    """Write the report over what is there, and print its first tables."""
+    from moa_peft.environment import library_versions
+    from moa_peft.study.budgets import check_budgets
+    from moa_peft.study.report import write_report
+    from moa_peft.study.table_formats import to_rich
+    from moa_peft.study.tables import Question, overview_tables
+
+    spec = work.spec
+    for sentence in outcome.failed:
+        console.print(f"Failed: {sentence}", style="red", highlight=False, markup=False, soft_wrap=True)
+    if not outcome.records:
+        console.print("No run is finished, so there is no table yet.", highlight=False)
+        return
+    matched = {row: settings.matched_to for row, settings in spec.rows.items() if settings.matched_to is not None}
+    mismatches = check_budgets(outcome.records, matched=matched, tolerance=spec.parameter_tolerance)
+    question = Question(
+        baseline=spec.baseline, primary=spec.primary, lower_is_better=spec.primary == "nll", margin=spec.margin
+    )
+    paths = write_report(
+        outcome.records,
+        study_name=spec.name,
+        question=question,
+        missing=outcome.missing,
+        folder=work.folder.path,
+        provenance={"command": command, "versions": library_versions(), "study": spec.to_dict()},
+        budget_mismatches=mismatches,
+        introduction=spec.question,
+        notes={row: settings.note for row, settings in spec.rows.items() if settings.note},
+    )
+    for table in overview_tables(outcome.records, question, missing=outcome.missing):
+        Console().print(to_rich(table, width=Console().width))
+    for mismatch in mismatches:
+        console.print(mismatch.sentence, style="yellow", highlight=False, markup=False, soft_wrap=True)
+    if outcome.missing:
+        console.print(f"{len(outcome.missing)} runs are missing; the same command goes on.", highlight=False)
+    console.print(f"Written: {', '.join(str(path) for path in paths)}", highlight=False, markup=False, soft_wrap=True)

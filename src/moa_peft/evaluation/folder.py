@@ -1,0 +1,195 @@
+"""The folder of an evaluation: results.json, and the predictions of every question set.
+
+A folder belongs to one model under one set of settings. Evaluating the same again goes on where it stopped, or adds
+question sets and ways of scoring; anything else is refused.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from moa_peft.environment import library_versions
+from moa_peft.errors import UserError
+from moa_peft.evaluation.predictions import Choice, Prediction, PredictionFile, ReferenceLikelihood
+from moa_peft.files import check_creatable, write_atomically
+
+RESULTS_FORMAT = 1
+RESULTS_FILE = "results.json"
+KINDS = {"generate": Prediction, "loglikelihood": Choice, "nll": ReferenceLikelihood}
+"""Ways of scoring, and what a prediction is under each."""
+SUFFIXES = tuple(f".{scoring}.jsonl" for scoring in (*KINDS, "harness", "code"))
+_LOCK = ".lock"
+
+
+class EvaluationFolder:
+    """Reads and writes the folder of an evaluation."""
+
+    def __init__(self, path: Path) -> None:
+        """Name the folder; nothing is read or written yet."""
+        self.path = path
+        self._settings: dict[str, Any] = {}
+        self._sets: dict[str, dict[str, Any]] = {}
+        self._more: dict[str, Any] = {}
+
+    def check(self, *, overwrite: bool) -> None:
+        """Refuse a place that cannot hold results, or that holds something else.
+
+        Raises:
+            UserError: the place cannot be written, or holds files that no evaluation wrote.
+        """
+        path = self.path
+        check_creatable(path, setting="--output")
+        if path.exists() and not path.is_dir():
+            raise UserError(f"--output: {str(path)!r} is a file. Give a folder.")
+        check_creatable(path.resolve().parent, setting="--output")
+        if not path.is_dir():
+            return
+        strangers = sorted(file.name for file in path.iterdir() if not _is_own(file))
+        if strangers:
+            setting = "--overwrite" if overwrite else "--output"
+            raise UserError(
+                f"{setting}: {str(path)!r} holds more than results of `moa eval` (for example {strangers[0]}), so "
+                "nothing is written there.\nGive another folder, or empty that one yourself."
+            )
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Keep other processes out of the folder.
+
+        Raises:
+            UserError: another process evaluates into it.
+        """
+        self.path.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(self.path / _LOCK)
+        try:
+            lock.acquire(timeout=0)
+        except Timeout as error:
+            raise UserError(
+                f"--output: another process evaluates into {str(self.path)!r}. Wait, or give another."
+            ) from error
+        try:
+            yield
+        finally:
+            lock.release()
+            (self.path / _LOCK).unlink(missing_ok=True)
+
+    def open(self, settings: Mapping[str, Any], *, sets: Mapping[str, dict[str, Any]], overwrite: bool) -> None:
+        """Start an evaluation, or go on with one.
+
+        Args:
+            settings: everything that decides results and holds for all sets; equal in all evaluations of a folder.
+            sets: per set its task, the task's version and the digest of its rows.
+            overwrite: delete earlier results first.
+
+        Raises:
+            UserError: earlier results are of other settings or other rows, or damaged; nothing is changed then.
+        """
+        if overwrite:
+            for file in self.path.iterdir():
+                if _is_own(file) and file.name != _LOCK:
+                    file.unlink()
+        before = self.read()
+        if before:
+            self._check_equal("the settings", before["settings"], settings)
+            for name in sets.keys() & before["sets"].keys():
+                old = {key: before["sets"][name].get(key) for key in sets[name]}
+                self._check_equal(f"the set {name}", old, sets[name])
+        for name in sets:
+            for scoring in KINDS:
+                self.predictions(name, scoring).read()
+        self._settings = dict(settings)
+        self._sets = {
+            **before.get("sets", {}),
+            **{n: {**before.get("sets", {}).get(n, {}), **s} for n, s in sets.items()},
+        }
+        self._more = {key: before[key] for key in ("harness", "code") if key in before}
+
+    def read(self) -> dict[str, Any]:
+        """The content of results.json, empty where there is none.
+
+        Raises:
+            UserError: the file is damaged, or of a newer format.
+        """
+        file = self.path / RESULTS_FILE
+        if not file.is_file():
+            return {}
+        try:
+            content = json.loads(file.read_text(encoding="utf-8"))
+            problem = None if {"settings", "sets"} <= content.keys() else "settings or sets are missing"
+        except (ValueError, AttributeError) as error:
+            content, problem = {}, str(error)
+        if problem is None and content.get("format") != RESULTS_FORMAT:
+            problem = f"its format is {content.get('format')!r}, this version reads {RESULTS_FORMAT}"
+        if problem is not None:
+            raise UserError(f"{str(file)!r} cannot be read: {problem}. Use --overwrite, or give another folder.")
+        return content
+
+    def predictions(self, name: str, scoring: str) -> PredictionFile:
+        """The file with the predictions of a set under a way of scoring."""
+        return PredictionFile(self.path / f"{name}.{scoring}.jsonl", KINDS[scoring])
+
+    def completions(self, task: str) -> PredictionFile:
+        """The file with the programs that were written for a code task."""
+        from moa_peft.code_evaluation.sampling import Completion
+
+        return PredictionFile(self.path / f"{task}.code.jsonl", Completion)
+
+    def record(self, name: str, scores: Mapping[str, Any]) -> None:
+        """Take in the scores of a set, by way of scoring."""
+        self._sets[name] = {**self._sets[name], **scores}
+
+    def add(self, part: str, content: Any) -> None:
+        """Take in results that belong to no question set of ours: `harness` or `code`."""
+        self._more[part] = content
+
+    def write_samples(self, samples: Mapping[str, Sequence[Any]]) -> None:
+        """Write what lm-evaluation-harness says of every question, one file for each of its tasks."""
+        for task, rows in samples.items():
+            text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+            write_atomically(self.path / f"{task}.harness.jsonl", text)
+
+    def write(self, *, command: str, complete: bool) -> None:
+        """Write results.json."""
+        content = {
+            "format": RESULTS_FORMAT,
+            "status": "complete" if complete else "running",
+            "command": command,
+            "settings": self._settings,
+            "versions": library_versions(),
+            "sets": self._sets,
+            **self._more,
+        }
+        write_atomically(self.path / RESULTS_FILE, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+
+    def _check_equal(self, what: str, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+        changed = sorted(key for key in {*before, *now} if before.get(key) != now.get(key))
+        if changed:
+            lines = [f"  {key}: {before.get(key)!r} -> {now.get(key)!r}" for key in changed]
+            raise UserError(
+                f"--output: {str(self.path)!r} holds an evaluation that differs in {what}:\n"
+                + "\n".join(lines)
+                + "\nGive another folder, or --overwrite to replace it."
+            )
+
+
+def folder_digest(path: Path) -> str | None:
+    """SHA-256 of an adapter's weights and configuration, so that a retrained adapter is noticed; None without them."""
+    digest = hashlib.sha256()
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        if not (path / name).is_file():
+            return None
+        with (path / name).open("rb") as stream:
+            digest.update(hashlib.file_digest(stream, "sha256").digest())
+    return digest.hexdigest()
+
+
+def _is_own(file: Path) -> bool:
+    temporary = file.name.startswith(f".{RESULTS_FILE}.")
+    return file.name in (RESULTS_FILE, _LOCK) or file.name.endswith(SUFFIXES) or temporary

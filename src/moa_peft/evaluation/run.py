@@ -1,0 +1,218 @@
+"""Scoring question sets with one model: what is missing is computed, everything is summarised."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from rich.console import Console
+from transformers import PreTrainedTokenizerBase
+
+from moa_peft.data import Template
+from moa_peft.errors import UserError
+from moa_peft.evaluation.answering import answer_questions, check_lengths
+from moa_peft.evaluation.choosing import choose_options
+from moa_peft.evaluation.folder import KINDS, EvaluationFolder
+from moa_peft.evaluation.predictions import Record
+from moa_peft.evaluation.question_sets import QuestionSet
+from moa_peft.evaluation.reference_nll import reference_likelihoods
+from moa_peft.evaluation.references import agreeing_rows, reference_answers
+from moa_peft.evaluation.scores import Score, mean_nll
+
+Append = Callable[[Sequence[Record]], None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScoringSettings:
+    """How sets are scored.
+
+    Attributes:
+        scorings: ways of scoring, of `generate`, `loglikelihood` and `nll`.
+        template: how a prompt is written.
+        max_new_tokens: longest generated answer; None for what each task needs.
+        batch_size: questions at a time. Results depend on it only by rounding.
+        legacy: also read generated answers as the reference implementation does.
+    """
+
+    scorings: tuple[str, ...] = ("generate",)
+    template: Template = "alpaca"
+    max_new_tokens: int | None = None
+    batch_size: int = 32
+    legacy: bool = False
+
+    def __post_init__(self) -> None:
+        unknown = [scoring for scoring in self.scorings if scoring not in KINDS]
+        if unknown or not self.scorings:
+            found = ", ".join(unknown) or "nothing"
+            raise UserError(f"scoring: {found} is not allowed; give one or more of {', '.join(KINDS)}.")
+        for name in ("batch_size", "max_new_tokens"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise UserError(f"{name}: {value} is not allowed; give at least 1.")
+
+    def tokens_for(self, questions: QuestionSet) -> int:
+        """Longest generated answer in a set."""
+        return self.max_new_tokens or questions.task.max_new_tokens
+
+
+def check_sets(sets: Sequence[QuestionSet], settings: ScoringSettings) -> None:
+    """Refuse sets that cannot be scored as asked, before the model is loaded.
+
+    Raises:
+        UserError: a question has no right answer, a set of numbers has no options to compare, or no reference answer
+            states what is right.
+    """
+    for questions in sets:
+        format = questions.task.format
+        reference_answers(questions.examples, format)
+        if "loglikelihood" in settings.scorings and format.kind == "number":
+            raise UserError(
+                f"scoring: loglikelihood compares options, but the answers of {questions.name} are numbers. Use "
+                "generate or nll for it."
+            )
+        if "nll" in settings.scorings and not agreeing_rows(questions.examples, format):
+            raise UserError(
+                f"scoring: nll needs written-out answers, but no row of {questions.name} has an output that states "
+                "its answer. Use generate or loglikelihood for it."
+            )
+
+
+def score_sets(
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    sets: Sequence[QuestionSet],
+    settings: ScoringSettings,
+    *,
+    folder: EvaluationFolder | None = None,
+    console: Console | None = None,
+    after_set: Callable[[], None] | None = None,
+) -> dict[str, dict[str, Any]]:
+    """Score sets; with a folder, questions whose predictions are in it are not asked again.
+
+    Args:
+        model: a causal language model, with or without adapters.
+        tokenizer: its tokenizer.
+        sets: checked by `check_sets`.
+        settings: how they are scored.
+        folder: an opened folder, or None to keep nothing.
+        console: where progress goes; None for none.
+        after_set: called when a set is scored and recorded.
+
+    Returns:
+        By set and way of scoring what `results.json` says; the ways are `generate`, `loglikelihood`, `nll`.
+
+    Raises:
+        UserError: a question is too long for the model.
+    """
+    if "generate" in settings.scorings:
+        for questions in sets:
+            check_lengths(
+                model,
+                tokenizer,
+                questions.examples,
+                template=settings.template,
+                max_new_tokens=settings.tokens_for(questions),
+            )
+    results: dict[str, dict[str, Any]] = {}
+    for questions in sets:
+        results[questions.name] = {}
+        for scoring in settings.scorings:
+            records = _predictions(model, tokenizer, questions, scoring, settings, folder, console)
+            results[questions.name][scoring] = summary(questions, scoring, records)
+        if folder is not None:
+            folder.record(questions.name, results[questions.name])
+        if after_set is not None:
+            after_set()
+    return results
+
+
+def wanted_rows(questions: QuestionSet, scoring: str) -> list[int]:
+    """Positions of the questions that are scored: all, and for `nll` those whose written-out answer is right."""
+    if scoring == "nll":
+        return agreeing_rows(questions.examples, questions.task.format)
+    return list(range(len(questions.examples)))
+
+
+def summary(questions: QuestionSet, scoring: str, records: Sequence[Any]) -> dict[str, Any]:
+    """What the predictions of a set amount to, for the whole set and for its parts."""
+    content = _amounts(scoring, records)
+    if scoring == "nll":
+        content["left_out"] = len(questions.examples) - len(records)
+    parts: dict[str, Any] = {}
+    for name, indices in questions.parts.items():
+        within = set(indices)
+        chosen = [record for record in records if record.index in within]
+        if chosen:
+            parts[name] = _amounts(scoring, chosen)
+    return {**content, "parts": parts} if parts else content
+
+
+def suite_means(sets: Sequence[QuestionSet], results: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Unweighted means over the sets of every suite that has several."""
+    means: dict[str, dict[str, Any]] = {}
+    for suite in dict.fromkeys(questions.task.suite for questions in sets):
+        names = [questions.name for questions in sets if questions.task.suite == suite]
+        if len(names) < 2:
+            continue
+        measures: dict[str, list[float]] = {}
+        for name in names:
+            for scoring, content in results[name].items():
+                for measure, value in _values(scoring, content).items():
+                    measures.setdefault(measure, []).append(value)
+        whole = {measure: sum(v) / len(v) for measure, v in measures.items() if len(v) == len(names)}
+        means[suite] = {"sets": names, **whole}
+    return means
+
+
+def _values(scoring: str, content: Mapping[str, Any]) -> dict[str, float]:
+    if scoring == "nll":
+        return {"nll": content["nll"]}
+    return {
+        f"{scoring}.{mode}": c["accuracy"] for mode, c in content.items() if isinstance(c, dict) and "accuracy" in c
+    }
+
+
+def _amounts(scoring: str, records: Sequence[Any]) -> dict[str, Any]:
+    return mean_nll(records) if scoring == "nll" else Score(records).to_dict()
+
+
+def _predictions(
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    questions: QuestionSet,
+    scoring: str,
+    settings: ScoringSettings,
+    folder: EvaluationFolder | None,
+    console: Console | None,
+) -> list[Any]:
+    file = None if folder is None else folder.predictions(questions.name, scoring)
+    before = [] if file is None else file.read()
+    done = {record.index for record in before}
+    missing = [index for index in wanted_rows(questions, scoring) if index not in done]
+    if console is not None:
+        went_before = f", {len(done):,} from before" if done else ""
+        console.print(
+            f"{questions.name}, {scoring}: {len(missing):,} questions{went_before}", highlight=False, markup=False
+        )
+    if not missing:
+        return before
+    options: dict[str, Any] = {
+        "template": settings.template,
+        "batch_size": settings.batch_size,
+        "indices": missing,
+        "on_batch": None if file is None else file.append,
+        "console": console,
+    }
+    if scoring == "generate":
+        options |= {
+            "format": questions.task.format,
+            "max_new_tokens": settings.tokens_for(questions),
+            "legacy": settings.legacy,
+        }
+        new: list[Any] = answer_questions(model, tokenizer, questions.examples, **options)
+    elif scoring == "loglikelihood":
+        new = choose_options(model, tokenizer, questions.examples, task=questions.task, **options)
+    else:
+        new = reference_likelihoods(model, tokenizer, questions.examples, **options)
+    return sorted([*before, *new], key=lambda record: record.index)

@@ -1,0 +1,388 @@
+"""Tasks of EleutherAI's lm-evaluation-harness, on a model with an adapter that is already loaded.
+
+The harness reads the tasks, writes the prompts and computes the metrics; here it gets a model whose answers are those
+of `moa_peft.generation` and of a plain forward. Three things differ from its own command:
+
+- of the base's generation settings only the end tokens count, so a greedy task is greedy;
+- log-likelihoods are summed in float32, whatever the dtype of the model;
+- an adapter with one routing per sequence is told which tokens are the prompt.
+
+The last one needs rows without padding, because the harness passes no mask: it pads on the right, which a causal model
+with routing per token does not see, but a mean over the prompt would.
+"""
+
+from __future__ import annotations
+
+import copy
+import difflib
+import functools
+import logging
+import math
+import sys
+from collections import defaultdict
+from collections.abc import Sequence
+from contextlib import redirect_stdout
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from numbers import Real
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import is_offline_mode
+from transformers import PreTrainedTokenizerBase, set_seed
+
+from moa_peft.base_models import pad_token_id
+from moa_peft.data import end_token_ids
+from moa_peft.errors import UserError
+from moa_peft.generation import greedy_settings, max_positions
+from moa_peft.intervals import Interval
+from moa_peft.layer import MoALayer
+from moa_peft.pooling import PROMPT_MASK
+
+_TWO_SIDED_95 = 1.96
+_STDERR = "_stderr"
+
+
+@dataclass(frozen=True, kw_only=True)
+class HarnessScore:
+    """A metric of a task.
+
+    Attributes:
+        value: as the harness gives it: a share for accuracies, but not for every metric (perplexity).
+        stderr: its standard error, None where the harness has none.
+    """
+
+    value: float
+    stderr: float | None
+
+    @property
+    def interval(self) -> Interval | None:
+        """95 % interval ``value +- 1.96 stderr``; it may reach beyond the metric's range."""
+        if self.stderr is None or not math.isfinite(self.stderr):
+            return None
+        margin = _TWO_SIDED_95 * self.stderr
+        return Interval(low=self.value - margin, high=self.value + margin)
+
+
+@dataclass(frozen=True, kw_only=True)
+class HarnessResult:
+    """What the harness found.
+
+    Attributes:
+        scores: task or group, then ``"metric,filter"`` (such as ``"acc,none"``), to the score.
+        versions: task or group to the version its definition states.
+        n_samples: task to its number of questions, ``original`` and, after `limit`, ``effective``.
+        configs: task to its whole definition, the number of examples in the prompt included.
+        samples: task to one record per question and filter, with prompt, answer and metrics; empty if not logged.
+        harness_version: version of lm_eval.
+    """
+
+    scores: dict[str, dict[str, HarnessScore]]
+    versions: dict[str, Any]
+    n_samples: dict[str, dict[str, int]]
+    configs: dict[str, dict[str, Any]]
+    samples: dict[str, list[dict[str, Any]]]
+    harness_version: str
+
+    def rows(self) -> list[dict[str, Any]]:
+        """One row per score for a table: task, version, num_fewshot, questions, metric, filter, value, interval."""
+        rows = []
+        for task, scores in self.scores.items():
+            for key, score in scores.items():
+                metric, _, name = key.partition(",")
+                row = {
+                    "task": task,
+                    "version": self.versions.get(task),
+                    "num_fewshot": self.configs.get(task, {}).get("num_fewshot"),
+                    "questions": self.n_samples.get(task, {}).get("effective"),
+                    "metric": metric,
+                    "filter": name,
+                    "value": score.value,
+                    "interval": score.interval,
+                }
+                rows.append(row)
+        return rows
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything but the samples, ready for JSON; numbers that JSON does not have (NaN) are None."""
+        scores = {
+            task: {
+                key: {
+                    "value": score.value,
+                    "stderr": score.stderr,
+                    "interval_95": None if score.interval is None else asdict(score.interval),
+                }
+                for key, score in found.items()
+            }
+            for task, found in self.scores.items()
+        }
+        return {
+            "lm_eval": self.harness_version,
+            "scores": _json_ready(scores),
+            "versions": self.versions,
+            "n_samples": self.n_samples,
+            "configs": self.configs,
+        }
+
+
+def check_harness_tasks(tasks: Sequence[str], *, include_path: str | None = None) -> None:
+    """Refuse tasks that the harness does not know, without a model, data or the network.
+
+    Args:
+        tasks: names of tasks, groups or tags of the harness.
+        include_path: folder with further definitions (YAML), which come before those of the same name.
+
+    Raises:
+        UserError: lm_eval is not installed, there is no task, one is unknown or named twice, or `include_path` is no
+            folder.
+    """
+    _manager_of(tasks, include_path=include_path)
+
+
+def run_harness(
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    tasks: Sequence[str],
+    *,
+    include_path: str | None = None,
+    limit: int | float | None = None,
+    num_fewshot: int | None = None,
+    batch_size: int = 8,
+    apply_chat_template: bool = False,
+    seed: int = 0,
+    log_samples: bool = True,
+) -> HarnessResult:
+    """Run tasks of the harness. Its messages and progress bars go to standard error.
+
+    Args:
+        model: a causal language model, with or without adapters.
+        tokenizer: its tokenizer.
+        tasks: names of tasks, groups or tags of the harness.
+        include_path: folder with further definitions (YAML), which come before those of the same name.
+        limit: only the first questions of every task: their number, or below 1 their share.
+        num_fewshot: worked examples in every prompt; default: what each task says. Tasks that fix it to 0 keep 0.
+        batch_size: prompts at a time.
+        apply_chat_template: write prompts in the tokenizer's chat template.
+        seed: of the choice of worked examples, and of tasks that sample.
+        log_samples: keep every prompt and answer in `HarnessResult.samples`.
+
+    Raises:
+        UserError: see `check_harness_tasks`; a setting is out of its range; the data of a task cannot be loaded; a
+            task cannot be run here. All of it before the first forward.
+    """
+    _check_settings(limit=limit, num_fewshot=num_fewshot, batch_size=batch_size)
+    manager = _manager_of(tasks, include_path=include_path)
+    end_ids = end_token_ids(tokenizer, template="chat") if apply_chat_template else ()
+    set_seed(seed)
+    # The harness prints here and there; standard output belongs to the caller's results.
+    with redirect_stdout(sys.stderr):
+        loaded = _load(manager, tasks)
+        was_training = model.training
+        try:
+            lm = _language_model(model, tokenizer, batch_size=batch_size)
+            for name, task in loaded["tasks"].items():
+                _check_task(name, task, lm)
+                _set_fewshot(task, num_fewshot=num_fewshot, seed=seed)
+            with greedy_settings(model, lm.tokenizer, end_ids=end_ids):
+                found = _evaluate(
+                    lm, loaded, limit=limit, apply_chat_template=apply_chat_template, log_samples=log_samples
+                )
+        finally:
+            # The harness has put it into evaluation mode.
+            model.train(was_training)
+    return _result(found)
+
+
+def _evaluate(lm: Any, loaded: Any, **settings: Any) -> dict[str, Any]:
+    from lm_eval.evaluator import evaluate
+
+    found = evaluate(lm, loaded, fewshot_as_multiturn=True, **settings)
+    assert found is not None, "the harness returns results to the first process only, and there is one"
+    return dict(found)
+
+
+def _check_settings(*, limit: int | float | None, num_fewshot: int | None, batch_size: int) -> None:
+    if limit is not None and not (0 < limit < 1 or (limit >= 1 and limit == int(limit))):
+        raise UserError(f"limit: {limit} is not allowed; give a whole number of questions, or a share below 1.")
+    if num_fewshot is not None and num_fewshot < 0:
+        raise UserError(f"num_fewshot: {num_fewshot} is not allowed; give 0 or more, or leave it out.")
+    if batch_size < 1:
+        raise UserError(f"batch_size: {batch_size} is not allowed; give at least 1.")
+
+
+def _manager_of(tasks: Sequence[str], *, include_path: str | None) -> Any:
+    """The harness's task manager that knows all of `tasks`."""
+    task_manager = _import_task_manager()
+    if not tasks:
+        raise UserError("tasks: none is given. Name tasks of lm-evaluation-harness, such as gsm8k or arc_easy.")
+    twice = sorted({name for name in tasks if tasks.count(name) > 1})
+    if twice:
+        raise UserError(f"tasks: {', '.join(twice)} is given more than once. Name every task once.")
+    if include_path is None:
+        manager = _built_in_manager()
+    else:
+        folder = Path(include_path).expanduser()
+        if not folder.is_dir():
+            raise UserError(f"include_path: there is no folder {include_path!r}. Give a folder with task definitions.")
+        manager = task_manager(include_path=str(folder), include_defaults=False)
+        # Reading the definitions that come with the harness takes seconds; groups and tags may lead to them.
+        if not set(tasks) <= set(manager.all_subtasks):
+            manager = task_manager(include_path=str(folder))
+    for name in tasks:
+        if name not in manager.all_tasks:
+            near = difflib.get_close_matches(name, manager.all_tasks, n=5)
+            advice = f"Did you mean {' or '.join(near)}?" if near else "`lm_eval ls tasks` lists them."
+            raise UserError(f"tasks: lm-evaluation-harness has no task {name!r}. {advice}")
+    return manager
+
+
+@functools.cache
+def _built_in_manager() -> Any:
+    return _import_task_manager()()
+
+
+def _import_task_manager() -> Any:
+    try:
+        from lm_eval.tasks import TaskManager
+    except ImportError as error:
+        raise UserError(
+            "harness: the tasks of lm-evaluation-harness need lm_eval. Run: pip install 'moa-peft[eval]'"
+        ) from error
+    return TaskManager
+
+
+def _load(manager: Any, tasks: Sequence[str]) -> Any:
+    """Build the tasks, which loads their data."""
+    try:
+        return manager.load(list(tasks))
+    except Exception as error:
+        # Definitions load data sets of any kind and may run code of their own, so anything can go wrong.
+        reason = f"{type(error).__name__}: {error}".rstrip(".")
+        advice = (
+            "Offline mode is on (HF_HUB_OFFLINE), so only data sets already in the cache can be loaded: unset it, or "
+            "run the task once where there is a network and bring its cache."
+            if is_offline_mode()
+            else "Check the network, the definition of the task and the packages it needs."
+        )
+        raise UserError(f"tasks: {', '.join(tasks)} could not be loaded. {reason}.\n{advice}") from error
+
+
+def _check_task(name: str, task: Any, lm: Any) -> None:
+    from lm_eval.models.utils import normalize_gen_kwargs
+
+    if getattr(task, "UNSAFE_CODE", False):
+        raise UserError(
+            f"tasks: {name} runs code that the model writes, which is not done here. Use, in a place where that is "
+            f"safe: moa exec -- lm_eval --tasks {name} --confirm_run_unsafe_code ..."
+        )
+    if getattr(task, "MULTIMODAL", False):
+        raise UserError(f"tasks: {name} has images or sound, and this is a language model. Leave it out.")
+    if task.OUTPUT_TYPE == "generate_until":
+        settings = normalize_gen_kwargs(task.get_config("generation_kwargs") or {}, lm.max_gen_toks)
+        wanted = settings.get("max_gen_toks", lm.max_gen_toks)
+        if wanted >= lm.max_length:
+            raise UserError(
+                f"tasks: {name} lets the model write {wanted} tokens (max_gen_toks), and this model has "
+                f"{lm.max_length} positions for prompt and answer together. Leave it out, or use another model."
+            )
+
+
+def _set_fewshot(task: Any, *, num_fewshot: int | None, seed: int) -> None:
+    """The harness's own rule: a task that says 0 keeps 0, and one that says nothing has 0."""
+    stated = task.get_config("num_fewshot")
+    if stated is None or (num_fewshot is not None and stated != 0):
+        task.set_config(key="num_fewshot", value=num_fewshot or 0)
+    task.set_fewshot_seed(seed=seed)
+
+
+def _language_model(model: Any, tokenizer: PreTrainedTokenizerBase, *, batch_size: int) -> Any:
+    """The model as the harness wants it."""
+    from lm_eval.models import huggingface
+    from tqdm import tqdm
+
+    plain_lm: Any = huggingface.HFLM
+
+    routes_by_prompt = any(isinstance(module, MoALayer) and module.pools_sequences() for module in model.modules())
+
+    class PromptRoutedLM(plain_lm):
+        """Scores rows of equal lengths together, so that there is no padding and one mask holds for all of them."""
+
+        num_prompt = 0
+
+        def _loglikelihood_tokens(self, requests: Any, disable_tqdm: bool = False, override_bs: Any = None) -> Any:
+            alike: dict[tuple[int, int], list[int]] = defaultdict(list)
+            for position, (_, prompt, answer) in enumerate(requests):
+                alike[min(len(prompt) + len(answer) - 1, self.max_length), len(answer)].append(position)
+            found: list[Any] = [None] * len(requests)
+            with tqdm(total=len(requests), desc="Running loglikelihood requests", disable=disable_tqdm) as bar:
+                # Longest first: if memory does not suffice, that shows in the first batch.
+                for (tokens, answer_tokens), positions in sorted(alike.items(), reverse=True):
+                    # The last token of an answer is predicted and not read.
+                    self.num_prompt = tokens - answer_tokens + 1
+                    rows = [requests[position] for position in positions]
+                    scores = super()._loglikelihood_tokens(rows, disable_tqdm=True, override_bs=override_bs)
+                    for position, score in zip(positions, scores, strict=True):
+                        found[position] = score
+                    bar.update(len(positions))
+            return found
+
+        def _model_call(self, inps: torch.Tensor, attn_mask: Any = None, labels: Any = None) -> torch.Tensor:
+            prompt_BT = torch.zeros_like(inps, dtype=torch.bool)
+            prompt_BT[:, : self.num_prompt] = True
+            with torch.no_grad():
+                return self.model(inps, **{PROMPT_MASK: prompt_BT}).logits
+
+    # The harness chooses a pad token and writes it into the tokenizer.
+    own_tokenizer = copy.deepcopy(tokenizer)
+    own_tokenizer.pad_token_id = pad_token_id(tokenizer)
+    logger = logging.getLogger("lm_eval.models.huggingface")
+    level = logger.level
+    # It warns that a model which is already loaded stays as it is.
+    logger.setLevel(logging.ERROR)
+    try:
+        return (PromptRoutedLM if routes_by_prompt else plain_lm)(
+            pretrained=model,
+            tokenizer=own_tokenizer,
+            backend="causal",
+            batch_size=batch_size,
+            max_length=max_positions(model.config),
+            softmax_dtype="float32",
+        )
+    finally:
+        logger.setLevel(level)
+
+
+def _result(found: dict[str, Any]) -> HarnessResult:
+    scores: dict[str, dict[str, HarnessScore]] = {}
+    for task, metrics in found["results"].items():
+        for key, value in metrics.items():
+            metric, comma, name = key.partition(",")
+            if not comma or metric.endswith(_STDERR) or not isinstance(value, Real):
+                continue
+            stderr = metrics.get(f"{metric}{_STDERR},{name}")
+            stderr = float(stderr) if isinstance(stderr, Real) else None
+            scores.setdefault(task, {})[key] = HarnessScore(value=float(value), stderr=stderr)
+    return HarnessResult(
+        scores=scores,
+        versions=_json_ready(found["versions"]),
+        n_samples=_json_ready(found["n-samples"]),
+        configs=_json_ready(found["configs"]),
+        samples=_json_ready(found.get("samples", {})),
+        harness_version=version("lm_eval"),
+    )
+
+
+def _json_ready(value: Any) -> Any:
+    """The same in what JSON has; what it has not is written as text, and numbers that are not finite as None."""
+    if isinstance(value, dict):
+        return {str(key): _json_ready(item) for key, item in value.items()}
+    if isinstance(value, list | tuple | set):
+        return [_json_ready(item) for item in value]
+    if hasattr(value, "tolist"):
+        return _json_ready(value.tolist())
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if value is None or isinstance(value, str | int | float):
+        return value
+    return getattr(value, "__qualname__", None) or str(value)

@@ -1,0 +1,1 @@
+"""Comparison studies: methods x seeds x data on one budget, with their tables, statistics and pictures."""

@@ -1,0 +1,288 @@
+"""The file of a study: which rows are compared on which data, with which seeds, and what they share.
+
+name: mixtures_on_math
+baseline: soft_moa                  # the row that all others are compared with
+recipe: {model: packaged, max_steps: 60, data: {template: alpaca, validation_size: 100}, ...}
+data:
+  math: {train: math/train.json, test: math, tasks: [MultiArith, AddSub], scorings: [nll, generate]}
+seeds: [0, 1, 2]
+rows:
+  soft_moa: {}                      # the row's name is its method
+  lora_matched: {method: lora, moa: {rank: 22}, matched_to: soft_moa}
+search: {data: math, seed: 0, max_steps: 40, learning_rate: [3e-4, 1e-3, 3e-3]}
+primary: nll
+margin: 0.01
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from dataclasses import MISSING, asdict, dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from moa_peft.errors import UserError
+from moa_peft.evaluation.folder import KINDS
+from moa_peft.study.records import PRIMARY_MEASURES
+from moa_peft.training.recipe import number_from
+
+_SET_BY_STUDY = {
+    "output_dir": "the study's --output decides it",
+    "seed": "the key seeds lists them",
+    "method": "every row names its method",
+    "moa": "every row has its own block moa",
+    "overwrite": "results are never overwritten",
+    "resume": "a study always goes on where it stopped",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataSpec:
+    """One data set of a study.
+
+    Attributes:
+        train: file or folder of training rows, below the folder given by `--data` (or a hub id).
+        test: folder of the test sets, below the folder given by `--data` (or a hub id).
+        tasks: names of question sets, or suites.
+        scorings: how they are scored: `nll`, `generate`, `loglikelihood`.
+        generate_tasks: the question sets that `generate` is for, the slowest way of scoring; None for all.
+        train_rows: a fixed sample of so many training rows; None for all.
+        test_rows: a fixed sample of so many rows of every test set; None for all.
+        max_new_tokens: longest generated answer; None for what each task needs.
+        batch_size: questions at a time.
+        rows: rows of the study that run on this data; None for all.
+        seeds: seeds on this data; None for the study's.
+    """
+
+    train: str
+    test: str
+    tasks: tuple[str, ...]
+    scorings: tuple[str, ...] = ("nll", "generate")
+    generate_tasks: tuple[str, ...] | None = None
+    train_rows: int | None = None
+    test_rows: int | None = None
+    max_new_tokens: int | None = None
+    batch_size: int = 32
+    rows: tuple[str, ...] | None = None
+    seeds: tuple[int, ...] | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class RowSpec:
+    """One row of the table: a method with its settings.
+
+    Attributes:
+        method: a name of `moa methods`, or custom.
+        moa: the method's keys.
+        recipe: further keys of a recipe for this row.
+        matched_to: another row whose number of trainable parameters this one must have, within the tolerance.
+        learning_rate_of: another row whose learning rate is taken, instead of a search of its own.
+        seeds: the row's seeds; None for the study's.
+        note: what the row is for, printed below the table.
+    """
+
+    method: str
+    moa: Mapping[str, Any] = field(default_factory=dict)
+    recipe: Mapping[str, Any] = field(default_factory=dict)
+    matched_to: str | None = None
+    learning_rate_of: str | None = None
+    seeds: tuple[int, ...] | None = None
+    note: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SearchSpec:
+    """The search for a learning rate: the same tries for every row, decided by validation loss.
+
+    Attributes:
+        data: the data set it is made on; its outcome holds for all.
+        learning_rate: the values tried.
+        max_steps: steps of a try.
+        seed: the seed of all tries.
+    """
+
+    data: str
+    learning_rate: tuple[float, ...]
+    max_steps: int
+    seed: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class StudySpec:
+    """A checked study.
+
+    Attributes:
+        name: what the report calls it.
+        baseline: the row that all others are compared with.
+        recipe: keys of a recipe that all runs share.
+        data: data sets by name.
+        rows: rows by name.
+        seeds: seeds of initial weights, order of rows and the validation split.
+        search: how learning rates are found; None takes the recipe's.
+        primary: the measure that is compared: nll, or an accuracy.
+        margin: differences below it do not matter; None where none is asked about.
+        parameter_tolerance: relative difference of trainable parameters that `matched_to` allows.
+        question: what the study asks, printed above the tables.
+    """
+
+    name: str
+    baseline: str
+    recipe: Mapping[str, Any]
+    data: Mapping[str, DataSpec]
+    rows: Mapping[str, RowSpec]
+    seeds: tuple[int, ...]
+    search: SearchSpec | None = None
+    primary: str = "nll"
+    margin: float | None = None
+    parameter_tolerance: float = 0.05
+    question: str = ""
+
+    def __post_init__(self) -> None:
+        if self.baseline not in self.rows:
+            raise UserError(f"study: baseline {self.baseline!r} is no row. {_near(self.baseline, self.rows)}")
+        for name, row in self.rows.items():
+            for key in ("matched_to", "learning_rate_of"):
+                other = getattr(row, key)
+                if other is not None and (other not in self.rows or other == name):
+                    raise UserError(f"study: rows.{name}.{key}: {other!r} is no other row. {_near(other, self.rows)}")
+            if row.learning_rate_of is not None and self.rows[row.learning_rate_of].learning_rate_of is not None:
+                raise UserError(
+                    f"study: rows.{name}.learning_rate_of: {row.learning_rate_of!r} takes its rate from another row "
+                    "itself. Name that row."
+                )
+        for name, data in self.data.items():
+            unknown = [row for row in data.rows or () if row not in self.rows]
+            if unknown:
+                raise UserError(f"study: data.{name}.rows: {unknown[0]!r} is no row. {_near(unknown[0], self.rows)}")
+            if data.rows is not None and self.baseline not in data.rows:
+                raise UserError(f"study: data.{name}.rows must name the baseline {self.baseline!r} too.")
+            wrong = [scoring for scoring in data.scorings if scoring not in KINDS]
+            if wrong or not data.scorings:
+                raise UserError(f"study: data.{name}.scorings: {wrong!r} is not allowed; give of {', '.join(KINDS)}.")
+        if self.search is not None:
+            if self.search.data not in self.data:
+                raise UserError(
+                    f"study: search.data {self.search.data!r} is no data set. {_near(self.search.data, self.data)}"
+                )
+            if "learning_rate" in self.recipe:
+                raise UserError("study: recipe.learning_rate and search are both given. Keep one.")
+        recipes = {"recipe": self.recipe, **{f"rows.{name}.recipe": row.recipe for name, row in self.rows.items()}}
+        for key, advice in _SET_BY_STUDY.items():
+            for where, recipe in recipes.items():
+                if key in recipe:
+                    raise UserError(f"study: {where}.{key} cannot be set; {advice}.")
+        if self.primary not in PRIMARY_MEASURES:
+            raise UserError(
+                f"study: primary {self.primary!r} is not allowed; give one of {', '.join(PRIMARY_MEASURES)}."
+            )
+        if self.margin is not None and not self.margin > 0:
+            raise UserError(f"study: margin {self.margin} is not allowed; give more than 0, or leave it out.")
+
+    def to_dict(self) -> dict[str, Any]:
+        """The study as plain values, for result files."""
+        return asdict(self)
+
+    def rows_on(self, data: str) -> list[str]:
+        """The rows that run on a data set, in the study's order."""
+        chosen = self.data[data].rows
+        return [name for name in self.rows if chosen is None or name in chosen]
+
+    def seeds_of(self, row: str, data: str) -> tuple[int, ...]:
+        """The seeds of a row on a data set: its own, else the data set's, else the study's."""
+        return self.rows[row].seeds or self.data[data].seeds or self.seeds
+
+
+def load_study(path: Path) -> StudySpec:
+    """Read a study file; a model that is a folder beside it may be named relative to it.
+
+    Raises:
+        UserError: the file is missing or no mapping, a key is unknown or missing, a value is not allowed.
+    """
+    if not path.is_file():
+        raise UserError(f"study: there is no file {str(path)!r}. Give a YAML file such as studies/smoke.yaml")
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"study: {str(path)!r} is no valid YAML: {error}") from error
+    if not isinstance(content, dict):
+        raise UserError(f"study: {str(path)!r} must hold 'key: value' lines.")
+    spec = parse_study(content, default_name=path.stem)
+    beside = path.parent / str(spec.recipe.get("model", ""))
+    if (beside / "config.json").is_file():
+        spec = replace(spec, recipe={**spec.recipe, "model": str(beside)})
+    return spec
+
+
+def parse_study(content: Mapping[str, Any], *, default_name: str = "study") -> StudySpec:
+    """Check the content of a study file; see `load_study`."""
+    given = {"name": default_name, **number_from(dict(content))}
+    for key in ("data", "rows", "recipe"):
+        if not isinstance(given.get(key), dict) or not given[key]:
+            raise UserError(f"study: {key} must be a block of 'name: settings'; see `moa compare --help`.")
+    data = {name: _build(DataSpec, block, f"data.{name}") for name, block in given["data"].items()}
+    rows = {
+        name: _build(RowSpec, {"method": name, **_row_block(block, name)}, f"rows.{name}")
+        for name, block in given["rows"].items()
+    }
+    search = given.get("search")
+    more = {"data": data, "rows": rows, "search": None if search is None else _build(SearchSpec, search, "search")}
+    return _build(StudySpec, {**given, **more}, "")
+
+
+def _row_block(block: Any, name: str) -> dict[str, Any]:
+    if block is not None and not isinstance(block, dict):
+        raise UserError(f"study: rows.{name} must be a block of 'key: value' lines or empty, got {block!r}.")
+    return block or {}
+
+
+def _build(kind: Any, block: Any, where: str) -> Any:
+    """Make a dataclass of a block: unknown and missing keys are refused, lists become tuples, kinds are checked."""
+    prefix = f"{where}." if where else ""
+    if not isinstance(block, Mapping):
+        raise UserError(f"study: {where} must be a block of 'key: value' lines, got {block!r}.")
+    known = {item.name: item for item in fields(kind)}
+    for key in block:
+        if key not in known:
+            raise UserError(f"study: unknown key {prefix}{key}. {_near(str(key), known)}")
+    values: dict[str, Any] = {}
+    for name, item in known.items():
+        has_default = item.default is not MISSING or item.default_factory is not MISSING
+        value = block.get(name)
+        if value is None:
+            if not has_default:
+                raise UserError(f"study: {prefix}{name} must be set.")
+            continue
+        kind_of_item = str(item.type).partition("[")[0].partition(" ")[0]
+        values[name] = _converted(value, kind_of_item, str(item.type), prefix + name)
+    return kind(**values)
+
+
+def _converted(value: Any, kind: str, full: str, where: str) -> Any:
+    if kind == "tuple":
+        entries = value if isinstance(value, list | tuple) else [value]
+        wanted = str if "str" in full else float if "float" in full else int
+        return tuple(_scalar(entry, wanted, where) for entry in entries)
+    scalars = {"str": str, "int": int, "float": float}
+    if kind in scalars:
+        return _scalar(value, scalars[kind], where)
+    if kind == "Mapping" and not isinstance(value, Mapping):
+        raise UserError(f"study: {where} must be a block of 'key: value' lines, got {value!r}.")
+    return value
+
+
+def _scalar(value: Any, wanted: type, where: str) -> Any:
+    allowed = (int, float) if wanted is float else (wanted,)
+    if isinstance(value, bool) or not isinstance(value, allowed):
+        names = {str: "text", int: "a whole number", float: "a number"}
+        raise UserError(f"study: {where}: {value!r} must be {names[wanted]}.")
+    if wanted is int and value < (0 if "seed" in where else 1):
+        raise UserError(f"study: {where}: {value} is too small.")
+    return wanted(value)
+
+
+def _near(name: str, known: Any) -> str:
+    near = difflib.get_close_matches(str(name), [str(item) for item in known], n=1)
+    return f"Did you mean {near[0]!r}?" if near else f"There are: {', '.join(map(str, known))}."

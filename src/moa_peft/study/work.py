@@ -1,0 +1,169 @@
+"""One job of a study in a process of its own: train, score, leave a result file."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import sys
+import traceback
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from filelock import FileLock, Timeout
+from rich.console import Console
+
+from moa_peft.evaluation.folder import EvaluationFolder
+from moa_peft.evaluation.run import score_sets
+from moa_peft.files import write_atomically
+from moa_peft.generation import load_adapter
+from moa_peft.study.data import StudyData
+from moa_peft.study.jobs import Job, StudyFolder, job_digest, job_recipe
+from moa_peft.study.records import ItemScores, RunRecord
+from moa_peft.study.spec import StudySpec
+from moa_peft.training import TrainRecipe, train
+from moa_peft.training.interrupts import TrainingInterrupted
+from moa_peft.training.run_folder import RUN_FILE
+
+EXIT_BUSY = 75
+"""Another process works on this job."""
+EXIT_INTERRUPTED = 130
+_DIGITS = 6
+
+
+def work(spec: StudySpec, job: Job, data: StudyData, folder: StudyFolder, threads: int) -> None:
+    """Do a job and end the process; what is printed goes to the job's log.
+
+    The exit code is 0, `EXIT_BUSY`, `EXIT_INTERRUPTED`, or 1 after an error, whose traceback is in the log.
+    """
+    log = folder.log(job)
+    log.parent.mkdir(parents=True, exist_ok=True)
+    folder.lock(job).parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder.lock(job))
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise SystemExit(EXIT_BUSY) from None
+    with log.open("a", encoding="utf-8") as stream:
+        for number in (1, 2):
+            os.dup2(stream.fileno(), number)
+        torch.set_num_threads(threads)
+        try:
+            do_job(spec, job, data, folder, console=Console(file=sys.stderr, width=120))
+        except (TrainingInterrupted, KeyboardInterrupt) as error:
+            print(error, file=sys.stderr)
+            raise SystemExit(EXIT_INTERRUPTED) from None
+        except Exception:
+            traceback.print_exc()
+            raise SystemExit(1) from None
+        finally:
+            lock.release()
+
+
+def do_job(spec: StudySpec, job: Job, data: StudyData, folder: StudyFolder, *, console: Console) -> None:
+    """Train what is not trained yet, score what is not scored yet, write the result file."""
+    run = folder.run(job)
+    recipe = job_recipe(spec, job, data=data, output_dir=str(run))
+    digest = job_digest(spec, job, data={job.data: data})
+    trained = _train(recipe, folder, job, console)
+    result: dict[str, Any] = {
+        "digest": digest,
+        "recipe": recipe.to_dict(),
+        "versions": trained["versions"],
+        "hardware": trained["hardware"],
+    }
+    result["recipe"].pop("output_dir")
+    if job.kind == "search":
+        result["validation_loss"] = trained["results"]["validation_loss"]
+        result["train_loss"] = trained["results"]["train_loss"]
+    else:
+        result["record"] = _score(job, recipe, data, folder, trained, console).to_dict()
+    file = folder.result(job)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(file, json.dumps(result, ensure_ascii=False) + "\n")
+    if job.kind == "search":
+        shutil.rmtree(run, ignore_errors=True)
+    shutil.rmtree(run / "checkpoints", ignore_errors=True)
+
+
+def _train(recipe: TrainRecipe, folder: StudyFolder, job: Job, console: Console) -> dict[str, Any]:
+    """The record of the job's training run, which is trained, or trained to its end, if that is missing."""
+    file = folder.run(job) / RUN_FILE
+    if file.is_file():
+        before = json.loads(file.read_text(encoding="utf-8"))
+        if before.get("status") == "completed":
+            return before
+        recipe.options.resume = True
+    train(recipe, console=console)
+    recipe.options.resume = False
+    return json.loads(file.read_text(encoding="utf-8"))
+
+
+def _score(
+    job: Job, recipe: TrainRecipe, data: StudyData, folder: StudyFolder, trained: Mapping[str, Any], console: Console
+) -> RunRecord:
+    options = recipe.options
+    loaded = load_adapter(
+        folder.run(job), base=options.model, dtype=options.dtype, trust_remote_code=options.trust_remote_code
+    )
+    evaluation = EvaluationFolder(folder.run(job) / "evaluation")
+    sets = {questions.name: {"digest": questions.digest} for questions in data.sets}
+    with evaluation.locked():
+        evaluation.open({"template": data.settings.template}, sets=sets, overwrite=False)
+        for questions in data.sets:
+            settings = replace(data.settings, scorings=data.scorings(questions))
+            scores = score_sets(
+                loaded.model, loaded.tokenizer, [questions], settings, folder=evaluation, console=console
+            )
+            console.print(scores)
+        evaluation.write(command="moa compare", complete=True)
+    results, arguments = trained["results"], trained["training_arguments"]
+    rows = arguments["per_device_train_batch_size"] * arguments["gradient_accumulation_steps"]
+    return RunRecord(
+        row=job.row,
+        data=job.data,
+        seed=job.seed,
+        method=options.method,
+        learning_rate=arguments["learning_rate"],
+        steps=results["steps"],
+        tokens=results["tokens"],
+        rows_seen=results["steps"] * rows * trained["hardware"]["processes"],
+        trainable_parameters=trained["parameters"]["trainable"],
+        peak_memory_bytes=results.get("peak_memory_bytes"),
+        step_seconds=trained["timings"].get("median_step_s"),
+        validation_loss=results["validation_loss"],
+        scores=tuple(_item_scores(data, evaluation)),
+    )
+
+
+def _item_scores(data: StudyData, evaluation: EvaluationFolder) -> list[ItemScores]:
+    found = []
+    for questions in data.sets:
+        for scoring in data.scorings(questions):
+            records = evaluation.predictions(questions.name, scoring).read()
+            parts: dict[str | None, set[int] | None] = {None: None}
+            parts |= {name: set(indices) for name, indices in questions.parts.items()}
+            for part, within in parts.items():
+                chosen = [record for record in records if within is None or record.index in within]
+                for measure, values in _measures(scoring, chosen).items():
+                    found.append(
+                        ItemScores(
+                            task=questions.name if part is None else f"{questions.name} ({part})",
+                            measure=measure,
+                            items=tuple(str(record.index) for record in chosen),
+                            values=values,
+                        )
+                    )
+    return found
+
+
+def _measures(scoring: str, records: Sequence[Any]) -> dict[str, tuple[float, ...]]:
+    if not records:
+        return {}
+    if scoring == "nll":
+        return {"nll": tuple(round(record.nll_per_token, _DIGITS) for record in records)}
+    modes = records[0].correct
+    names = {mode: "accuracy" if mode == "choice" else f"accuracy_{mode}" for mode in modes}
+    return {names[mode]: tuple(float(record.correct[mode]) for record in records) for mode in modes}

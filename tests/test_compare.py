@@ -1,0 +1,217 @@
+"""`moa compare`: from a study file to tables, resumed after kills, refused where the study or the folder is wrong."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from moa_peft.cli import main
+from moa_peft.errors import UserError
+from moa_peft.study.jobs import Job, chosen_rates, run_jobs, search_jobs
+from moa_peft.study.runner import Study
+from moa_peft.study.spec import load_study, parse_study
+
+SMOKE = Path(__file__).parent.parent / "studies" / "smoke.yaml"
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The smoke study, run once for all tests of this file."""
+    out = tmp_path_factory.mktemp("study") / "out"
+    assert main(["compare", str(SMOKE), "--data", str(SMOKE.parent), "--output", str(out), "--processes", "2"]) == 0
+    return out
+
+
+def smoke(**changes: Any) -> dict[str, Any]:
+    content = yaml.safe_load(SMOKE.read_text())
+    content["recipe"]["model"] = str(SMOKE.parent / "smoke" / "base")
+    return {**content, **changes}
+
+
+def study(out: Path, **changes: Any) -> Study:
+    return Study(parse_study(smoke(**changes)), roots=[SMOKE.parent], output=out)
+
+
+def test_the_smoke_study_ends_in_tables(finished: Path) -> None:
+    names = {"table.md", "table.csv", "table.tex", "results.json", "accuracy.png", "accuracy.svg", "records", "search"}
+    assert names <= {path.name for path in finished.iterdir()}
+    results = json.loads((finished / "results.json").read_text())
+    assert results["seeds"] == [0, 1] and results["missing"] == [] and results["budget_mismatches"] == []
+    assert results["provenance"]["command"].startswith("moa ") and "torch" in results["provenance"]["versions"]
+    runs = {(run["row"], run["seed"]): run for run in results["runs"]}
+    assert set(runs) == {(row, seed) for row in ("soft_moa", "lora") for seed in (0, 1)}
+    for run in runs.values():
+        assert run["steps"] == 3 and run["rows_seen"] == 12 and run["peak_memory_bytes"] > 2**20
+        assert run["step_seconds"] > 0 and run["trainable_parameters"] > 0
+        assert {score["measure"] for score in run["scores"]} == {"nll", "accuracy_strict", "accuracy_flexible"}
+    # The same rows in the same order, whatever the method.
+    for seed in (0, 1):
+        assert runs["soft_moa", seed]["tokens"] == runs["lora", seed]["tokens"]
+    assert runs["lora", 0]["validation_loss"] != runs["lora", 1]["validation_loss"]
+    table = (finished / "table.md").read_text()
+    assert "soft_moa" in table and "lora" in table
+
+
+def test_the_rate_with_the_least_validation_loss_is_taken(finished: Path) -> None:
+    work = study(finished)
+    rates = chosen_rates(work.spec, work.folder, data=work.data)
+    for row in ("soft_moa", "lora"):
+        tries = {}
+        for job in search_jobs(work.spec):
+            if job.row == row:
+                tries[job.learning_rate] = json.loads(work.folder.result(job).read_text())["validation_loss"]
+        assert len(set(tries.values())) == 2
+        assert rates[row] == min(tries, key=tries.__getitem__)
+    runs = json.loads((finished / "results.json").read_text())["runs"]
+    assert all(run["learning_rate"] == rates[run["row"]] for run in runs)
+    inherited = parse_study(
+        smoke(rows={"soft_moa": {"moa": smoke()["rows"]["soft_moa"]["moa"]}, "lora": {"learning_rate_of": "soft_moa"}})
+    )
+    assert {job.row for job in search_jobs(inherited)} == {"soft_moa"}
+
+
+def test_what_is_there_is_not_run_again(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = {path: path.stat().st_mtime_ns for path in finished.glob("records/*.json")}
+    table = (finished / "table.csv").read_bytes()
+    assert main(["compare", str(SMOKE), "--data", str(SMOKE.parent), "--output", str(finished), "--dry-run"]) == 0
+    assert capsys.readouterr().out == ""
+    assert main(["compare", str(SMOKE), "--data", str(SMOKE.parent), "--output", str(finished)]) == 0
+    assert {path: path.stat().st_mtime_ns for path in finished.glob("records/*.json")} == before
+    assert (finished / "table.csv").read_bytes() == table
+    more = study(finished, seeds=[0, 1, 2])
+    assert [job.seed for job in more.jobs()[0]] == [2, 2]
+    assert [run.seed for run in more.outcome().missing] == [2, 2]
+
+
+def test_results_of_other_settings_are_refused(finished: Path) -> None:
+    for key, value in (("max_steps", 4), ("weight_decay", 0.5)):
+        changed = smoke()
+        changed["recipe"][key] = value
+        work = Study(parse_study(changed), roots=[SMOKE.parent], output=finished)
+        with pytest.raises(UserError, match="other settings or other data"):
+            work.jobs()
+
+
+def test_a_killed_study_goes_on(tmp_path: Path) -> None:
+    """Killed hard in the middle, then stopped by a signal, then finished: the same records as without a stop."""
+    content = smoke(seeds=[0], search=None, rows={"soft_moa": smoke()["rows"]["soft_moa"]})
+    content["recipe"] |= {"max_steps": 30, "save_steps": 5, "learning_rate": 1e-3}
+    file, out = tmp_path / "study.yaml", tmp_path / "out"
+    file.write_text(yaml.safe_dump(content))
+    words = ["compare", str(file), "--data", str(SMOKE.parent), "--output", str(out)]
+    command = [sys.executable, "-m", "moa_peft", *words]
+    checkpoints = out / "runs" / "sums.soft_moa.seed0" / "checkpoints"
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    deadline = time.monotonic() + 120
+    while not list(checkpoints.glob("checkpoint-*")) and time.monotonic() < deadline and process.poll() is None:
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
+    assert not list(out.glob("records/*.json"))
+    assert main(words) == 0
+    assert main([*words[:-1], str(tmp_path / "whole")]) == 0
+    first, second = (
+        json.loads((place / "records" / "sums.soft_moa.seed0.json").read_text())["record"]
+        for place in (out, tmp_path / "whole")
+    )
+    for record in (first, second):
+        record.pop("peak_memory_bytes")
+        record.pop("step_seconds")
+    assert first == second
+
+
+def test_a_run_that_fails_is_named_and_the_others_are_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    content = smoke(seeds=[0], search=None)
+    content["recipe"] |= {"learning_rate": 1e-3, "max_steps": 1}
+    # A rate at which the loss is not finite after the first step.
+    content["rows"]["lora"]["recipe"] = {"learning_rate": 1e38, "max_grad_norm": 0.0, "max_steps": 1}
+    file, out = tmp_path / "study.yaml", tmp_path / "out"
+    file.write_text(yaml.safe_dump(content))
+    assert main(["compare", str(file), "--data", str(SMOKE.parent), "--output", str(out)]) == 1
+    shown = capsys.readouterr()
+    assert "lora.seed0" in shown.err and ".log" in shown.err
+    results = json.loads((out / "results.json").read_text())
+    assert [run["row"] for run in results["runs"]] == ["soft_moa"]
+    assert [(run["row"], run["seed"]) for run in results["missing"]] == [("lora", 0)]
+    log = next((out / "runs" / "logs").glob("*lora*.log"))
+    assert "loss became" in log.read_text()
+
+
+@pytest.mark.parametrize(
+    ("changes", "part"),
+    [
+        ({"baseline": "softmoa"}, "Did you mean 'soft_moa'"),
+        ({"rowz": {}}, "unknown key rowz"),
+        ({"rows": {"soft_moa": {"metod": "x"}}}, "unknown key rows.soft_moa.metod"),
+        ({"rows": {"soft_moa": 5}}, "rows.soft_moa must be a block"),
+        ({"rows": {"soft_moa": {}, "lora": {"matched_to": "nobody"}}}, "rows.lora.matched_to"),
+        ({"rows": {"soft_moa": {}, "a": {"learning_rate_of": "b"}, "b": {"learning_rate_of": "soft_moa"}}}, "itself"),
+        ({"seeds": [0, "one"]}, "seeds"),
+        ({"seeds": None}, "seeds must be set"),
+        ({"margin": 0}, "margin"),
+        ({"primary": "loss"}, "primary 'loss'"),
+        ({"data": {}}, "data must be a block"),
+        ({"data": {"sums": {"train": "x", "test": "y", "tasks": ["AddSub"], "scorings": ["guess"]}}}, "scorings"),
+        ({"search": {"data": "sum", "learning_rate": [1], "max_steps": 1}}, "Did you mean 'sums'"),
+        ({"recipe": {"model": "x", "max_steps": 3, "seed": 1}}, "recipe.seed cannot be set"),
+        ({"recipe": {"model": "x", "max_steps": 3, "learning_rate": 1e-3}}, "learning_rate and search"),
+    ],
+)
+def test_studies_are_checked(changes: dict[str, Any], part: str) -> None:
+    with pytest.raises(UserError) as error:
+        parse_study(smoke(**changes))
+    assert part in str(error.value), str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("row", "part"),
+    [
+        ({"method": "no_such"}, "rows.other"),
+        ({"method": "lora", "moa": {"rank": -1}}, "rows.other"),
+        ({"method": "lora", "moa": {"rank": 8}, "matched_to": "soft_moa"}, "parameter_tolerance"),
+        ({"method": "lora", "recipe": {"learning_rat": 1}}, "learning_rat"),
+        ({"method": "lora", "recipe": {"data": {"validation_size": 0}}}, "validation_size"),
+    ],
+)
+def test_rows_are_checked_before_anything_runs(tmp_path: Path, row: dict[str, Any], part: str) -> None:
+    with pytest.raises(UserError) as error:
+        study(tmp_path / "out", rows={"soft_moa": smoke()["rows"]["soft_moa"], "other": row})
+    assert part in str(error.value), str(error.value)
+    assert not (tmp_path / "out").exists()
+
+
+def test_seeds_come_one_after_another() -> None:
+    spec = parse_study(smoke(seeds=[1, 0], rows={"soft_moa": {}, "lora": {"seeds": [0]}}))
+    jobs = run_jobs(spec, {"soft_moa": 1e-3, "lora": 1e-2})
+    assert [(job.seed, job.row) for job in jobs] == [(0, "soft_moa"), (0, "lora"), (1, "soft_moa")]
+    assert run_jobs(spec, {"lora": 1e-2}) == [Job(kind="run", row="lora", data="sums", seed=0, learning_rate=1e-2)]
+
+
+def test_shipped_studies_are_read() -> None:
+    for file in SMOKE.parent.glob("*.yaml"):
+        spec = load_study(file)
+        assert spec.baseline in spec.rows and spec.seeds
+
+
+def test_wrong_places_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "file").write_text("x")
+    for words, part in (
+        ([str(tmp_path / "no.yaml"), "--output", str(tmp_path / "out")], "there is no file"),
+        ([str(SMOKE), "--output", str(tmp_path / "file")], "is a file"),
+        ([str(SMOKE), "--output", str(tmp_path / "out"), "--data", str(tmp_path / "nowhere")], "--data"),
+        ([str(SMOKE), "--output", str(tmp_path / "out"), "--processes", "0"], "--processes"),
+    ):
+        assert main(["compare", *words]) == 2
+        assert part in capsys.readouterr().err
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file"]

@@ -1,0 +1,174 @@
+"""`moa eval` goes on where it stopped, never counts twice, and refuses what does not belong together."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from peft import get_peft_model
+from transformers import AutoModelForCausalLM
+
+from moa_peft import MoAConfig
+from moa_peft.cli import main
+from moa_peft.errors import UserError
+from moa_peft.evaluation import answering
+from moa_peft.evaluation.folder import EvaluationFolder
+from moa_peft.evaluation.predictions import PredictionFile, ReferenceLikelihood
+from tests.tiny import save_tiny
+
+
+def _write(file: Path, rows: list[tuple[str, str, str]]) -> None:
+    keys = ("instruction", "output", "answer")
+    file.write_text(json.dumps([{**dict(zip(keys, row)), "input": ""} for row in rows]))
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("files")
+    save_tiny(folder / "base")
+    base: Any = AutoModelForCausalLM.from_pretrained(folder / "base")
+    get_peft_model(base, MoAConfig.soft(rank=2, task_type="CAUSAL_LM")).save_pretrained(str(folder / "adapter"))
+    sums = [(f"{a}+{b}", f"The answer is {a + b}.", str(a + b)) for a in range(3) for b in (1, 22)]
+    _write(folder / "AddSub.json", [*sums, ("4+4", "The answer is 9.", "8")])
+    options = "\n\nAnswer format: answer1/answer2/answer3"
+    _write(
+        folder / "ARC-Easy.test.json",
+        [(f"Which {n}?{options}", f"the correct answer is answer{n}", f"answer{n}") for n in (1, 2, 3)],
+    )
+    _write(folder / "train.json", [("0+2", "The answer is 2.", "2"), ("other", "x", "y")])
+    return folder
+
+
+def evaluate(files: Path, out: Path, *words: str, model: str = "adapter") -> int:
+    tasks = [] if "--tasks" in words else ["--tasks", "AddSub"]
+    more = ["--data", str(files), "--output", str(out), "--max-new-tokens", "3", "--batch-size", "2"]
+    return main(["eval", str(files / model), *tasks, *more, *words])
+
+
+def results(out: Path) -> dict[str, Any]:
+    return json.loads((out / "results.json").read_text())
+
+
+def test_an_interrupted_evaluation_goes_on(files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert evaluate(files, tmp_path / "whole") == 0
+    whole = results(tmp_path / "whole")["sets"]
+    original = answering.generate_texts
+    asked: list[int] = []
+
+    def killed_after_two_batches(model: Any, tokenizer: Any, prompts: Any, **options: Any) -> Any:
+        asked.append(len(prompts))
+        collect = options.pop("on_batch")
+        batches = []
+
+        def count(batch: Any) -> None:
+            if len(batches) == 2:
+                raise KeyboardInterrupt
+            batches.append(batch)
+            collect(batch)
+
+        return original(model, tokenizer, prompts, on_batch=count, **options)
+
+    out = tmp_path / "parts"
+    with monkeypatch.context() as patch:
+        patch.setattr(answering, "generate_texts", killed_after_two_batches)
+        assert evaluate(files, out) == 130
+    file = out / "AddSub.generate.jsonl"
+    assert len(file.read_text().splitlines()) == 4 and results(out)["status"] == "running"
+    with file.open("a") as stream:
+        stream.write('{"index": 6, "question": "half a li')
+
+    def counted(model: Any, tokenizer: Any, prompts: Any, **options: Any) -> Any:
+        asked.append(len(prompts))
+        return original(model, tokenizer, prompts, **options)
+
+    monkeypatch.setattr(answering, "generate_texts", counted)
+    assert evaluate(files, out) == 0
+    assert asked == [7, 3]
+    assert results(out)["sets"] == whole and results(out)["status"] == "complete"
+    # Once more: nothing is asked, nothing counted twice.
+    before = file.read_text()
+    assert evaluate(files, out) == 0
+    assert asked == [7, 3] and file.read_text() == before and results(out)["sets"] == whole
+
+
+def test_tasks_and_scorings_are_added(files: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "out"
+    assert evaluate(files, out, "--train", str(files / "train.json")) == 0
+    assert evaluate(files, out, "--scoring", "nll") == 0
+    assert evaluate(files, out, "--tasks", "arc_easy,addsub", "--scoring", "nll") == 0
+    assert evaluate(files, out, "--tasks", "arc_easy", "--scoring", "loglikelihood") == 0
+    shown = capsys.readouterr().out
+    assert "nats per token" in shown and "choice %" in shown
+    sets = results(out)["sets"]
+    assert set(sets) == {"AddSub", "ARC-Easy"}
+    assert sets["AddSub"]["nll"]["num_items"] == 6 and sets["AddSub"]["nll"]["left_out"] == 1
+    assert sets["AddSub"]["generate"]["num_items"] == 7
+    assert sets["AddSub"]["generate"]["parts"]["twins"]["num_items"] == 7
+    assert sets["ARC-Easy"]["loglikelihood"]["choice"]["missing"] == 0
+    assert {"nll", "loglikelihood"} <= set(sets["ARC-Easy"])
+
+
+def test_what_does_not_belong_together_is_refused(
+    files: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    assert evaluate(files, out) == 0
+    before = results(out)
+
+    def refused(*words: str, model: str = "adapter") -> str:
+        capsys.readouterr()
+        assert evaluate(files, out, *words, model=model) == 2
+        assert results(out) == before
+        return capsys.readouterr().err
+
+    assert "legacy: False -> True" in refused("--legacy")
+    assert "kind: 'adapter' -> 'base model'" in refused(model="base")
+    assert "rows: 7 -> 2" in refused("--limit", "2")
+    (out / "notes.txt").write_text("mine")
+    assert "notes.txt" in refused() and "notes.txt" in refused("--overwrite")
+    (out / "notes.txt").unlink()
+    lines = (out / "AddSub.generate.jsonl").read_text()
+    (out / "AddSub.generate.jsonl").write_text("{}\n" + lines)
+    assert "line 1" in refused()
+    (out / "AddSub.generate.jsonl").write_text(lines + lines.splitlines()[0] + "\n")
+    assert "twice" in refused()
+    (out / "AddSub.generate.jsonl").write_text(lines)
+    (out / "results.json").write_text("{")
+    capsys.readouterr()
+    assert evaluate(files, out) == 2 and "results.json" in capsys.readouterr().err
+
+
+def test_a_retrained_adapter_is_noticed(files: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out, adapter = tmp_path / "out", tmp_path / "adapter"
+    shutil.copytree(files / "adapter", adapter)
+    assert (
+        main(["eval", str(adapter), "--data", str(files / "AddSub.json"), "--output", str(out), "--limit", "1"]) == 0
+    )
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    (adapter / "adapter_config.json").write_text(json.dumps(config | {"revision": "other"}))
+    capsys.readouterr()
+    assert (
+        main(["eval", str(adapter), "--data", str(files / "AddSub.json"), "--output", str(out), "--limit", "1"]) == 2
+    )
+    assert "digest" in capsys.readouterr().err
+
+
+def test_one_process_at_a_time(tmp_path: Path) -> None:
+    folder = EvaluationFolder(tmp_path / "out")
+    with folder.locked(), pytest.raises(UserError, match="another process"), EvaluationFolder(folder.path).locked():
+        pass
+    with folder.locked():
+        pass
+
+
+def test_prediction_files_keep_whole_lines(tmp_path: Path) -> None:
+    file = PredictionFile(tmp_path / "x.nll.jsonl", ReferenceLikelihood)
+    assert file.read() == []
+    records = [ReferenceLikelihood(index=i, question="q\u2028\n", nll=1.5 * i, num_tokens=3) for i in (2, 0)]
+    file.append(records)
+    file.append([])
+    assert file.read() == sorted(records, key=lambda record: record.index)
+    assert file.read()[1].nll_per_token == 1.0
