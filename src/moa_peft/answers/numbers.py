@@ -36,6 +36,8 @@ _SCALES = {"thousand": 1e3, "million": 1e6, "billion": 1e9, "trillion": 1e12}
 _OPERATOR_AFTER = re.compile(
     r"\s*(?:\^|\\(?:times|cdot|div)|[/x]\s*[0-9($\\]|(?:[+*\u00d7\u00f7]\s*|-\s+)(?:[0-9($\\]|[a-z]\b))"
     r"|[ %]*[A-Za-z ]{0,25}\s[+*\u00d7\u00f7]\s"
+    # "5-3" may be a range or a score, "5-3=2" is a difference.
+    r"|-\$?[0-9][0-9.,]*\s?="
 )
 _OPERATOR_BEFORE = re.compile(r"(?:\b[a-z]\s*[-+*/^\u00d7\u00f7]|[)\]]\s*[+*/^\u00d7\u00f7])\s*\Z")
 _UNIT_AFTER = re.compile(r"\s+[A-Za-z][A-Za-z ]*\Z")
