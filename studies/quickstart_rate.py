@@ -29,12 +29,12 @@ import torch
 import typer
 from rich.console import Console
 
+from moa_peft.adapter_loading import LoadedAdapter, load_adapter
 from moa_peft.base_models import PACKAGED, pad_token_id
 from moa_peft.data import CompletionCollator, Example, load_examples, tokenize_examples
 from moa_peft.environment import library_versions
 from moa_peft.errors import UserError
 from moa_peft.files import write_atomically
-from moa_peft.generation import LoadedAdapter, load_adapter
 from moa_peft.quickstart.run import (
     QuickstartSettings,
     faster_dtype,

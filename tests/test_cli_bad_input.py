@@ -283,7 +283,7 @@ def test_generate_checks_its_output_before_loading(
     def load(*args: Any, **kwargs: Any) -> None:
         raise AssertionError("the adapter was loaded before --output was checked")
 
-    monkeypatch.setattr("moa_peft.generation.load_adapter", load)
+    monkeypatch.setattr("moa_peft.adapter_loading.load_adapter", load)
     (tmp_path / "link.jsonl").symlink_to(tmp_path / "nowhere")
     words = ["generate", str(adapter), "hi", "--overwrite", "--output"]
     assert "link to" in fails(*words, str(tmp_path / "link.jsonl"))

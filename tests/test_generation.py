@@ -11,8 +11,9 @@ from peft import get_peft_model
 from transformers import BloomConfig, Gemma3Config, GenerationConfig
 
 from moa_peft import MoAConfig
+from moa_peft.adapter_loading import load_adapter
 from moa_peft.errors import UserError
-from moa_peft.generation import generate_texts, load_adapter, max_positions, stream_text
+from moa_peft.generation import generate_texts, max_positions, stream_text
 from tests.tiny import save_tiny, tiny_model, tiny_tokenizer
 
 TOKENIZER = tiny_tokenizer()
@@ -167,6 +168,22 @@ def test_load_adapter_restores_the_trained_model(tmp_path: Path) -> None:
     ids = torch.tensor([PROMPTS[1]])
     torch.testing.assert_close(loaded.model(ids).logits, model.eval()(ids).logits)
     assert loaded.template is None and loaded.tokenizer.eos_token_id == 2
+
+
+def test_the_base_of_an_adapter_may_be_quantised(tmp_path: Path) -> None:
+    pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
+    from transformers import AutoModelForCausalLM
+
+    save_tiny(tmp_path / "base")
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    model = get_peft_model(base, MoAConfig.soft(rank=2, task_type="CAUSAL_LM"))
+    model.save_pretrained(str(tmp_path / "adapter"))
+    loaded = load_adapter(tmp_path / "adapter", quantization="4bit", device="cpu")
+    assert any(type(module).__name__ == "Linear4bit" for module in loaded.model.modules())
+    ids = torch.tensor([PROMPTS[1]])
+    # The adapter starts at zero, so the difference is that of the quantised base, and not nothing.
+    difference = (loaded.model(ids).logits.float() - base(ids).logits).abs().max()
+    assert 0 < difference < 2
 
 
 @pytest.mark.parametrize("settings", [{"batch_size": 0}, {"max_new_tokens": 0}, {"temperature": -1.0}, {"top_p": 0.5}])

@@ -74,6 +74,7 @@ LEVELS = [
         "files",
         "base_models",
         "adapter_files",
+        "adapter_loading",
     },
     {"cli", "__main__", "child_processes"},
 ]

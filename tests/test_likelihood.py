@@ -83,6 +83,16 @@ def test_one_routing_per_sequence_is_that_of_the_prompt() -> None:
     )[0].log_prob) > 1e-4  # fmt: skip
 
 
+def test_models_without_an_adapter_and_with_one_of_transformers() -> None:
+    base = tiny_model()
+    (found,) = continuation_likelihoods(base, CONTINUATIONS[4:5], batch_size=1)
+    expected = direct(base, list(CONTINUATIONS[4].prompt), list(CONTINUATIONS[4].tokens))
+    assert found.log_prob == pytest.approx(expected, abs=2e-5)
+    base.add_adapter(MoAConfig.preset("instance_moa", rank=2, task_type="CAUSAL_LM"))
+    assert module.routes_by_prompt(base) and not module.routes_by_prompt(adapted())
+    continuation_likelihoods(base, CONTINUATIONS, batch_size=2)
+
+
 def test_what_differs_in_its_last_token_is_read_once() -> None:
     model = adapted()
     rows: list[int] = []

@@ -296,7 +296,7 @@ def test_the_report_is_complete_and_the_same_every_time(tmp_path, records):
         assert one.read_bytes() == two.read_bytes(), one.name
     results = json.loads(first[3].read_text())
     assert results["seeds"] == [1, 2, 3]
-    assert results["provenance"]["command"] == "moa compare study.yaml"
+    assert results["command"] == "moa compare study.yaml"
     assert results["missing"][0] == {"row": "mixlora", "data": "MetaMath", "seed": 3, "reason": "out of memory"}
     assert len(results["runs"]) == len(records)
     scores = results["runs"][0]["scores"][0]

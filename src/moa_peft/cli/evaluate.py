@@ -14,10 +14,10 @@ import typer
 from moa_peft.errors import UserError
 
 if TYPE_CHECKING:
+    from moa_peft.adapter_loading import LoadedAdapter
     from moa_peft.evaluation.folder import EvaluationFolder
     from moa_peft.evaluation.question_sets import QuestionSet
     from moa_peft.evaluation.run import ScoringSettings
-    from moa_peft.generation import LoadedAdapter
 
 
 def evaluate(
@@ -68,6 +68,7 @@ def evaluate(
     ] = None,
     base: Annotated[str | None, typer.Option(help="Base model, instead of the one the adapter names.")] = None,
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
+    quantization: Annotated[str, typer.Option(help="Of the base model: none, 8bit or 4bit.")] = "none",
     trust_remote_code: Annotated[
         bool, typer.Option("--trust-remote-code", help="Run Python code that comes with the base model.")
     ] = False,
@@ -106,6 +107,7 @@ def evaluate(
 
     _check_choice("--template", template, ("alpaca", "chat"))
     _check_choice("--dtype", dtype, ("auto", "float32", "bfloat16", "float16"))
+    _check_choice("--quantization", quantization, ("none", "8bit", "4bit"))
     if not (tasks or data or harness):
         raise UserError("eval: nothing to score. Give --tasks with --data, files with --data, or --harness.")
     settings = ScoringSettings(
@@ -141,7 +143,8 @@ def evaluate(
         check_harness_tasks(harness_tasks, include_path=include_path)
     console = Console(stderr=True)
     with nullcontext() if folder is None else folder.locked():
-        loaded, about = _load(model, base=base, dtype=dtype, trust_remote_code=trust_remote_code)
+        how = {"dtype": dtype, "quantization": quantization, "trust_remote_code": trust_remote_code}
+        loaded, about = _load(model, base=base, **how)
         about |= {"template": settings.template, "max_new_tokens": max_new_tokens, "legacy": legacy}
         if folder is not None:
             tasks_of = {questions.name: _about_set(questions) for questions in sets}
@@ -163,36 +166,34 @@ def _about_set(questions: QuestionSet) -> dict[str, Any]:
     return {"task": task.name, "version": task.version, "digest": questions.digest, "rows": len(questions.examples)}
 
 
-def _load(
-    model: str, *, base: str | None, dtype: str, trust_remote_code: bool
-) -> tuple[LoadedAdapter, dict[str, Any]]:
+def _load(model: str, *, base: str | None, **options: Any) -> tuple[LoadedAdapter, dict[str, Any]]:
     """The model with its tokenizer, and what identifies it in a results file."""
     import torch
 
+    from moa_peft.adapter_loading import LoadedAdapter, load_adapter
     from moa_peft.base_models import load_model, load_tokenizer
     from moa_peft.evaluation.folder import folder_digest
-    from moa_peft.generation import LoadedAdapter, load_adapter
 
-    options: dict[str, Any] = {"dtype": dtype, "trust_remote_code": trust_remote_code}
     path = Path(model).expanduser()
     if (path / "adapter_config.json").is_file():
         loaded, kind = load_adapter(model, base=base, **options), "adapter"
     elif base is not None:
         raise UserError(f"--base: {model!r} is no adapter folder (no adapter_config.json), so it has no base model.")
     else:
-        tokenizer = load_tokenizer(model, trust_remote_code=trust_remote_code)
+        tokenizer = load_tokenizer(model, trust_remote_code=options["trust_remote_code"])
         plain: Any = load_model(model, **options)
         device = "cuda" if torch.cuda.is_available() else "cpu"
-        loaded = LoadedAdapter(model=plain.to(device).eval(), tokenizer=tokenizer, template=None)
+        plain = plain if options["quantization"] != "none" else plain.to(device)
+        loaded = LoadedAdapter(model=plain.eval(), tokenizer=tokenizer, template=None)
         kind = "base model"
     stored = str(next(loaded.model.parameters()).dtype).removeprefix("torch.")
     about = {"model": model, "kind": kind, "digest": folder_digest(path), "base": base, "dtype": stored}
-    return loaded, {**about, "decoding": "greedy"}
+    return loaded, {**about, "quantization": options["quantization"], "decoding": "greedy"}
 
 
 def _trained_template(model: str) -> str | None:
     """The template that an adapter was trained with; None for a base model, or without a record of it."""
-    from moa_peft.generation import trained_template
+    from moa_peft.adapter_loading import trained_template
 
     return trained_template(Path(model).expanduser())
 

@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any
 from moa_peft.errors import UserError
 
 if TYPE_CHECKING:
+    from moa_peft.adapter_loading import LoadedAdapter
     from moa_peft.code_evaluation import CodeProblem
     from moa_peft.code_evaluation.sampling import SamplingSettings
     from moa_peft.evaluation.folder import EvaluationFolder
-    from moa_peft.generation import LoadedAdapter
 
 CODE_TASKS = ("humaneval", "mbpp")
 CODE_SUITE = "code"

@@ -13,7 +13,7 @@ from moa_peft.errors import UserError
 from moa_peft.files import check_creatable, write_atomically
 
 if TYPE_CHECKING:
-    from moa_peft.generation import LoadedAdapter
+    from moa_peft.adapter_loading import LoadedAdapter
 
 
 def generate(
@@ -72,8 +72,9 @@ def generate(
 
     from rich.console import Console
 
+    from moa_peft.adapter_loading import load_adapter
     from moa_peft.data import end_token_ids, render_prompt
-    from moa_peft.generation import generate_texts, load_adapter, stream_text
+    from moa_peft.generation import generate_texts, stream_text
 
     loaded = load_adapter(adapter, base=base, dtype=dtype, trust_remote_code=trust_remote_code)  # type: ignore[arg-type]
     chosen: Any = template or loaded.template or "alpaca"

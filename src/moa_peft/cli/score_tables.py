@@ -34,7 +34,7 @@ def score_tables(
             cells = _mean_cells(scoring, values, next(iter(chosen.values())))
             if cells:
                 table.add_section()
-                table.add_row(f"mean of {suite}", *cells)
+                table.add_row(f"mean of {len(values['sets'])} {suite} sets", *cells)
         tables.append(table)
     return tables
 

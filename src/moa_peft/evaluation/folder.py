@@ -79,6 +79,8 @@ class EvaluationFolder:
         finally:
             lock.release()
             (self.path / _LOCK).unlink(missing_ok=True)
+            if not any(self.path.iterdir()):
+                self.path.rmdir()
 
     def open(self, settings: Mapping[str, Any], *, sets: Mapping[str, dict[str, Any]], overwrite: bool) -> None:
         """Start an evaluation, or go on with one.

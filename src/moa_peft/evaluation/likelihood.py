@@ -171,6 +171,9 @@ def _starts(rows: list[_Row]) -> list[int]:
 
 def routes_by_prompt(model: Any) -> bool:
     """Whether an active adapter has one routing per sequence, which is pooled over the prompt."""
-    configs = getattr(model, "peft_config", {})
-    active = getattr(model, "active_adapters", [])
+    configs = getattr(model, "peft_config", None)
+    if not configs:
+        return False
+    # An attribute of PEFT's models, a method of transformers' own.
+    active = model.active_adapters() if callable(model.active_adapters) else model.active_adapters
     return any(getattr(configs.get(name), "granularity", "token") == "sequence" for name in active)

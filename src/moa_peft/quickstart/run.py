@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
+from moa_peft.adapter_loading import load_adapter
 from moa_peft.answers import AnswerFormat
 from moa_peft.base_models import PACKAGED, Dtype, load_model, load_tokenizer
 from moa_peft.data import Example, load_examples
@@ -27,7 +28,6 @@ from moa_peft.environment import library_versions, peak_memory_bytes
 from moa_peft.errors import UserError
 from moa_peft.evaluation import Prediction, Score, answer_questions
 from moa_peft.files import write_atomically
-from moa_peft.generation import load_adapter
 from moa_peft.intervals import Interval, paired_difference, require_scipy
 from moa_peft.quickstart.base_model import gemma_terms, packaged_base_model
 from moa_peft.quickstart.time_budget import (

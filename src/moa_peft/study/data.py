@@ -28,6 +28,7 @@ class StudyData:
     Attributes:
         train_path: what a recipe's `data.path` says.
         train_examples: the rows there.
+        is_sample: the rows are a sample, which `write_sample` puts there.
         sets: question sets of its tasks.
         settings: how they are scored.
         generated: names of the sets that `generate` is for.
@@ -35,6 +36,7 @@ class StudyData:
 
     train_path: str
     train_examples: Sequence[Example]
+    is_sample: bool
     sets: Sequence[QuestionSet]
     settings: ScoringSettings
     generated: frozenset[str]
@@ -51,7 +53,7 @@ def prepare_data(spec: DataSpec, *, roots: Sequence[Path], file: Path, template:
     Args:
         spec: what the study says.
         roots: folders that `train` and `test` are looked for in.
-        file: where sampled training rows are written, as JSON Lines; the same rows on every call.
+        file: where sampled training rows are going to be.
         template: how prompts are written.
 
     Raises:
@@ -61,10 +63,6 @@ def prepare_data(spec: DataSpec, *, roots: Sequence[Path], file: Path, template:
     train_path = _located(roots, spec.train)
     if spec.train_rows is not None:
         examples = _sample(examples, spec.train_rows, "train_rows")
-        text = "".join(json.dumps(_row(example), ensure_ascii=False) + "\n" for example in examples)
-        file.parent.mkdir(parents=True, exist_ok=True)
-        if not file.is_file() or file.read_text(encoding="utf-8") != text:
-            write_atomically(file, text)
         train_path = str(file)
     sets = []
     for task in select_tasks(spec.tasks):
@@ -84,10 +82,22 @@ def prepare_data(spec: DataSpec, *, roots: Sequence[Path], file: Path, template:
     return StudyData(
         train_path=train_path,
         train_examples=examples,
+        is_sample=spec.train_rows is not None,
         sets=sets,
         settings=settings,
         generated=frozenset(task.name for task in chosen),
     )
+
+
+def write_sample(data: StudyData) -> None:
+    """Write the sampled training rows as JSON Lines, unless they are there."""
+    if not data.is_sample:
+        return
+    file = Path(data.train_path)
+    text = "".join(json.dumps(_row(example), ensure_ascii=False) + "\n" for example in data.train_examples)
+    if not file.is_file() or file.read_text(encoding="utf-8") != text:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(file, text)
 
 
 def _located(roots: Sequence[Path], name: str) -> str:

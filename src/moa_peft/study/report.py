@@ -14,7 +14,7 @@ from moa_peft.study.plot import plot_accuracy_over_parameters, require_matplotli
 from moa_peft.study.records import MissingRun, RunRecord, is_accuracy, scored_measures
 from moa_peft.study.statistics import task_mean
 from moa_peft.study.table_formats import StudyTable, to_csv, to_latex, to_markdown
-from moa_peft.study.tables import Question, study_tables
+from moa_peft.study.tables import Question, overview_tables, study_tables
 
 
 def write_report(
@@ -40,7 +40,8 @@ def write_report(
         question: what is compared with what.
         missing: runs that were asked for and did not finish.
         folder: where the files go; it is created.
-        provenance: what the numbers depend on, as JSON values (command, versions, machine); without times of day.
+        provenance: what the numbers depend on, as JSON values (command, versions, study), at the top of results.json;
+            without times of day.
         budget_mismatches: what `check_budgets` found.
         introduction: a text above the tables of table.md.
         notes: row -> what the row is for, also there.
@@ -113,11 +114,13 @@ def _results(
     provenance: Mapping[str, Any],
     budget_mismatches: Sequence[BudgetMismatch],
 ) -> str:
+    overview = overview_tables(records, question, missing=missing)
     content = {
         "study": study_name,
-        "provenance": dict(provenance),
+        **provenance,
         "question": vars(question),
         "seeds": sorted({run.seed for run in (*records, *missing)}),
+        "rows": [{"data": table.title, **row} for table in overview for row in table.rows],
         "runs": [_summary(record) for record in records],
         "missing": [vars(run) for run in missing],
         "budget_mismatches": [

@@ -23,7 +23,7 @@ from moa_peft.base_models import load_config
 from moa_peft.errors import UserError
 from moa_peft.files import check_creatable
 from moa_peft.meta_model import adapter_on_meta
-from moa_peft.study.data import StudyData, prepare_data
+from moa_peft.study.data import StudyData, prepare_data, write_sample
 from moa_peft.study.jobs import (
     Job,
     StudyFolder,
@@ -120,6 +120,8 @@ class Study:
         Raises:
             StudyInterrupted: Ctrl-C or SIGTERM.
         """
+        for data in self.data.values():
+            write_sample(data)
         pool = _Pool(self, processes=processes, threads=threads, console=console)
         began_s = time.monotonic()
         with pool.listening():
@@ -263,9 +265,11 @@ class _Pool:
             self._signal_number = signal.SIGINT
         elif code != 0 and self._signal_number is None:
             how = f"killed by signal {-code}" if code is not None and code < 0 else "failed"
-            self.failed[job] = f"{how}, see {self._study.folder.log(job).relative_to(self._study.folder.path)}"
+            self.failed[job] = f"{how}: {_last_line(self._study.folder.log(job))}"
         if not self._console.is_terminal or code != 0:
             ending = self.failed.get(job, "done" if code == 0 else "stopped")
+            if job in self.failed:
+                ending += f" (all of it in {self._study.folder.log(job)})"
             self._console.print(f"{job.name}: {ending}", highlight=False, markup=False, soft_wrap=True)
         return False
 
@@ -277,6 +281,12 @@ class _Pool:
             if process.pid is not None:
                 # Ctrl-C in a terminal reaches the jobs by itself, a second one ends them at once.
                 os.kill(process.pid, signal.SIGTERM if not repeated else signal.SIGKILL)
+
+
+def _last_line(log: Path) -> str:
+    """The last line of a job's log that says something: of an error, its message."""
+    lines = log.read_text(encoding="utf-8", errors="replace").splitlines() if log.is_file() else []
+    return next((line.strip() for line in reversed(lines) if line.strip()), "no message")
 
 
 class _SignalsToChildren:

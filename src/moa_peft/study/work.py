@@ -15,10 +15,10 @@ import torch
 from filelock import FileLock, Timeout
 from rich.console import Console
 
+from moa_peft.adapter_loading import load_adapter
 from moa_peft.evaluation.folder import EvaluationFolder
 from moa_peft.evaluation.run import score_sets
 from moa_peft.files import write_atomically
-from moa_peft.generation import load_adapter
 from moa_peft.study.data import StudyData
 from moa_peft.study.jobs import Job, StudyFolder, job_digest, job_recipe
 from moa_peft.study.records import ItemScores, RunRecord
@@ -106,7 +106,12 @@ def _score(
 ) -> RunRecord:
     options = recipe.options
     loaded = load_adapter(
-        folder.run(job), base=options.model, dtype=options.dtype, trust_remote_code=options.trust_remote_code
+        folder.run(job),
+        base=options.model,
+        dtype=options.dtype,
+        attn_implementation=options.attn_implementation,
+        quantization=options.quantization,
+        trust_remote_code=options.trust_remote_code,
     )
     evaluation = EvaluationFolder(folder.run(job) / "evaluation")
     sets = {questions.name: {"digest": questions.digest} for questions in data.sets}
