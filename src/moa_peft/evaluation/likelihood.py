@@ -175,5 +175,6 @@ def routes_by_prompt(model: Any) -> bool:
     if not configs:
         return False
     # An attribute of PEFT's models, a method of transformers' own.
-    active = model.active_adapters() if callable(model.active_adapters) else model.active_adapters
+    active: Any = model.active_adapters
+    active = active() if callable(active) else active
     return any(getattr(configs.get(name), "granularity", "token") == "sequence" for name in active)
