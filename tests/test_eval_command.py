@@ -74,16 +74,22 @@ def test_programs_are_written_and_run(
     )
     assert evaluate(files, *words, "--execute-code") == 0
     assert "pass@" in capsys.readouterr().out
-    code = json.loads((tmp_path / "out" / "results.json").read_text())["code"]
-    assert code["humaneval"]["num_problems"] == 3 and code["humaneval"]["num_samples"] == 6
-    assert code["humaneval"]["pass_at"]["1"]["value"] == pytest.approx(1 / 6)
-    assert code["humaneval"]["pass_at"]["2"]["value"] == pytest.approx(1 / 3)
-    assert code["mbpp"]["pass_at"]["1"]["value"] == 0 and code["mbpp"]["settings"]["temperature"] == 0.7
+    sets = json.loads((tmp_path / "out" / "results.json").read_text())["sets"]
+    code = sets["humaneval"]["code"]
+    assert code["num_problems"] == 3 and code["num_samples"] == 6
+    assert code["pass_at"]["1"]["value"] == pytest.approx(1 / 6)
+    assert code["pass_at"]["2"]["value"] == pytest.approx(1 / 3)
+    assert sets["mbpp"]["code"]["pass_at"]["1"]["value"] == 0 and sets["mbpp"]["sampling"]["temperature"] == 0.7
     assert asked == [6, 2]
     # Once more: the programs are run again, but not written again.
     assert evaluate(files, *words, "--execute-code") == 0
     assert asked == [6, 2]
-    assert json.loads((tmp_path / "out" / "results.json").read_text())["code"] == code
+    assert json.loads((tmp_path / "out" / "results.json").read_text())["sets"] == sets
+    # Programs of other settings are not mixed with these.
+    words[words.index("2")] = "3"
+    capsys.readouterr()
+    assert evaluate(files, *words, "--execute-code") == 2
+    assert "sampling" in capsys.readouterr().err
 
 
 def test_nothing_is_run_without_permission(files: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

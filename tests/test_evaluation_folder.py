@@ -103,12 +103,23 @@ def test_tasks_and_scorings_are_added(files: Path, tmp_path: Path, capsys: pytes
     shown = capsys.readouterr().out
     assert "nats per token" in shown and "choice %" in shown
     sets = results(out)["sets"]
-    assert set(sets) == {"AddSub", "ARC-Easy"}
+    assert set(sets) == {"AddSub", "ARC-Easy"} and results(out)["suites"] == {}
     assert sets["AddSub"]["nll"]["num_items"] == 6 and sets["AddSub"]["nll"]["left_out"] == 1
     assert sets["AddSub"]["generate"]["num_items"] == 7
     assert sets["AddSub"]["generate"]["parts"]["twins"]["num_items"] == 7
     assert sets["ARC-Easy"]["loglikelihood"]["choice"]["missing"] == 0
     assert {"nll", "loglikelihood"} <= set(sets["ARC-Easy"])
+
+
+def test_means_of_a_suite_cover_what_is_in_the_folder(files: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    shutil.copy(files / "AddSub.json", files / "SVAMP.json")
+    assert evaluate(files, out, "--scoring", "nll") == 0
+    assert evaluate(files, out, "--tasks", "SVAMP", "--scoring", "nll,generate") == 0
+    content = results(out)
+    nlls = [content["sets"][name]["nll"]["nll"] for name in ("AddSub", "SVAMP")]
+    # What only one of the sets has is no mean of the suite.
+    assert content["suites"] == {"math": {"sets": ["AddSub", "SVAMP"], "nll": pytest.approx(sum(nlls) / 2)}}
 
 
 def test_what_does_not_belong_together_is_refused(

@@ -147,8 +147,9 @@ def evaluate(
         loaded, about = _load(model, base=base, **how)
         about |= {"template": settings.template, "max_new_tokens": max_new_tokens, "legacy": legacy}
         if folder is not None:
-            tasks_of = {questions.name: _about_set(questions) for questions in sets}
-            folder.open(about, sets=tasks_of, overwrite=overwrite)
+            about_sets = {questions.name: _about_set(questions) for questions in sets}
+            about_sets |= {} if code is None else code.about()
+            folder.open(about, sets=about_sets, overwrite=overwrite)
         _score(loaded, sets, settings, folder=folder, title=model, console=console)
         if code is not None:
             scores = score_code_tasks(loaded, code, folder=folder, batch_size=batch_size, console=console)
@@ -163,7 +164,13 @@ def evaluate(
 
 def _about_set(questions: QuestionSet) -> dict[str, Any]:
     task = questions.task
-    return {"task": task.name, "version": task.version, "digest": questions.digest, "rows": len(questions.examples)}
+    return {
+        "task": task.name,
+        "suite": task.suite,
+        "version": task.version,
+        "digest": questions.digest,
+        "rows": len(questions.examples),
+    }
 
 
 def _load(model: str, *, base: str | None, **options: Any) -> tuple[LoadedAdapter, dict[str, Any]]:
@@ -210,7 +217,8 @@ def _score(
     from rich.console import Console
 
     from moa_peft.cli.score_tables import score_tables
-    from moa_peft.evaluation.run import score_sets, suite_means
+    from moa_peft.evaluation.run import score_sets
+    from moa_peft.evaluation.scores import suite_means
 
     if not sets:
         return
@@ -223,9 +231,7 @@ def _score(
     results = score_sets(
         loaded.model, loaded.tokenizer, sets, settings, folder=folder, console=console, after_set=save
     )
-    means = suite_means(sets, results)
-    if folder is not None:
-        folder.add("suites", means)
+    means = suite_means({questions.name: questions.task.suite for questions in sets}, results)
     for table in score_tables(results, means, title=title):
         Console().print(table)
 
@@ -241,7 +247,7 @@ def _score_harness(
     console.print(f"lm-evaluation-harness: {', '.join(tasks)}", highlight=False, markup=False)
     result = run_harness(loaded.model, loaded.tokenizer, tasks, **options)
     if folder is not None:
-        folder.add("harness", result.to_dict())
+        folder.add_harness(result.to_dict())
         folder.write_samples(result.samples)
     Console().print(harness_table(result))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -17,6 +18,8 @@ if TYPE_CHECKING:
 
 CODE_TASKS = ("humaneval", "mbpp")
 CODE_SUITE = "code"
+CODE_VERSION = 1
+"""Raised whenever scores would move for equal programs."""
 _TEMPERATURE = 0.7
 _TOP_P = 0.95
 
@@ -28,6 +31,19 @@ class CodeWork:
     problems: dict[str, list[CodeProblem]]
     settings: SamplingSettings
     pass_at: tuple[int, ...]
+
+    def about(self) -> dict[str, dict[str, Any]]:
+        """By task what decides its programs, as `EvaluationFolder.open` takes it."""
+        return {
+            task: {
+                "task": task,
+                "version": CODE_VERSION,
+                "digest": hashlib.sha256(repr(problems).encode()).hexdigest(),
+                "rows": len(problems),
+                "sampling": asdict(self.settings),
+            }
+            for task, problems in self.problems.items()
+        }
 
 
 def split_code_tasks(names: Sequence[str]) -> tuple[list[str], list[str]]:
@@ -101,7 +117,7 @@ def score_code_tasks(
         )
         workers = max(1, (os.cpu_count() or 1) // 2)
         score = score_code(problems, completions, k=work.pass_at, workers=workers, console=console)
-        results[task] = {**score.to_dict(), "settings": asdict(work.settings)}
-    if folder is not None:
-        folder.add("code", results)
+        results[task] = score.to_dict()
+        if folder is not None:
+            folder.record(task, {"code": results[task]})
     return results

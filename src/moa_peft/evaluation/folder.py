@@ -17,13 +17,12 @@ from filelock import FileLock, Timeout
 
 from moa_peft.environment import library_versions
 from moa_peft.errors import UserError
-from moa_peft.evaluation.predictions import Choice, Prediction, PredictionFile, ReferenceLikelihood
+from moa_peft.evaluation.predictions import KINDS, PredictionFile
+from moa_peft.evaluation.scores import suite_means
 from moa_peft.files import check_creatable, write_atomically
 
 RESULTS_FORMAT = 1
 RESULTS_FILE = "results.json"
-KINDS = {"generate": Prediction, "loglikelihood": Choice, "nll": ReferenceLikelihood}
-"""Ways of scoring, and what a prediction is under each."""
 SUFFIXES = tuple(f".{scoring}.jsonl" for scoring in (*KINDS, "harness", "code"))
 _LOCK = ".lock"
 
@@ -36,7 +35,7 @@ class EvaluationFolder:
         self.path = path
         self._settings: dict[str, Any] = {}
         self._sets: dict[str, dict[str, Any]] = {}
-        self._more: dict[str, Any] = {}
+        self._harness: dict[str, Any] = {}
 
     def check(self, *, overwrite: bool) -> None:
         """Refuse a place that cannot hold results, or that holds something else.
@@ -111,7 +110,7 @@ class EvaluationFolder:
             **before.get("sets", {}),
             **{n: {**before.get("sets", {}).get(n, {}), **s} for n, s in sets.items()},
         }
-        self._more = {key: before[key] for key in ("harness", "code") if key in before}
+        self._harness = before.get("harness", {})
 
     def read(self) -> dict[str, Any]:
         """The content of results.json, empty where there is none.
@@ -147,9 +146,13 @@ class EvaluationFolder:
         """Take in the scores of a set, by way of scoring."""
         self._sets[name] = {**self._sets[name], **scores}
 
-    def add(self, part: str, content: Any) -> None:
-        """Take in results that belong to no question set of ours: `harness` or `code`."""
-        self._more[part] = content
+    def add_harness(self, content: Mapping[str, Any]) -> None:
+        """Take in results of lm-evaluation-harness beside those of its other tasks that are there."""
+        before = self._harness
+        self._harness = dict(content)
+        for key, values in content.items():
+            if isinstance(values, dict) and isinstance(before.get(key), dict):
+                self._harness[key] = {**before[key], **values}
 
     def write_samples(self, samples: Mapping[str, Sequence[Any]]) -> None:
         """Write what lm-evaluation-harness says of every question, one file for each of its tasks."""
@@ -159,6 +162,7 @@ class EvaluationFolder:
 
     def write(self, *, command: str, complete: bool) -> None:
         """Write results.json."""
+        suites = {name: content["suite"] for name, content in self._sets.items() if "suite" in content}
         content = {
             "format": RESULTS_FORMAT,
             "status": "complete" if complete else "running",
@@ -166,7 +170,8 @@ class EvaluationFolder:
             "settings": self._settings,
             "versions": library_versions(),
             "sets": self._sets,
-            **self._more,
+            "suites": suite_means(suites, self._sets),
+            **({"harness": self._harness} if self._harness else {}),
         }
         write_atomically(self.path / RESULTS_FILE, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
 

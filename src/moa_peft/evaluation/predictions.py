@@ -103,6 +103,10 @@ class ReferenceLikelihood:
         return asdict(self)
 
 
+KINDS = {"generate": Prediction, "loglikelihood": Choice, "nll": ReferenceLikelihood}
+"""Ways of scoring, and what a prediction is under each."""
+
+
 class PredictionFile:
     """The lines of one question set under one way of scoring."""
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,8 +13,8 @@ from moa_peft.data import Template
 from moa_peft.errors import UserError
 from moa_peft.evaluation.answering import answer_questions, check_lengths
 from moa_peft.evaluation.choosing import choose_options
-from moa_peft.evaluation.folder import KINDS, EvaluationFolder
-from moa_peft.evaluation.predictions import Record
+from moa_peft.evaluation.folder import EvaluationFolder
+from moa_peft.evaluation.predictions import KINDS, Record
 from moa_peft.evaluation.question_sets import QuestionSet
 from moa_peft.evaluation.reference_nll import reference_likelihoods
 from moa_peft.evaluation.references import agreeing_rows, reference_answers
@@ -146,31 +146,6 @@ def summary(questions: QuestionSet, scoring: str, records: Sequence[Any]) -> dic
         if chosen:
             parts[name] = _amounts(scoring, chosen)
     return {**content, "parts": parts} if parts else content
-
-
-def suite_means(sets: Sequence[QuestionSet], results: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
-    """Unweighted means over the sets of every suite that has several."""
-    means: dict[str, dict[str, Any]] = {}
-    for suite in dict.fromkeys(questions.task.suite for questions in sets):
-        names = [questions.name for questions in sets if questions.task.suite == suite]
-        if len(names) < 2:
-            continue
-        measures: dict[str, list[float]] = {}
-        for name in names:
-            for scoring, content in results[name].items():
-                for measure, value in _values(scoring, content).items():
-                    measures.setdefault(measure, []).append(value)
-        whole = {measure: sum(v) / len(v) for measure, v in measures.items() if len(v) == len(names)}
-        means[suite] = {"sets": names, **whole}
-    return means
-
-
-def _values(scoring: str, content: Mapping[str, Any]) -> dict[str, float]:
-    if scoring == "nll":
-        return {"nll": content["nll"]}
-    return {
-        f"{scoring}.{mode}": c["accuracy"] for mode, c in content.items() if isinstance(c, dict) and "accuracy" in c
-    }
 
 
 def _amounts(scoring: str, records: Sequence[Any]) -> dict[str, Any]:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Generic, TypeVar
 
-from moa_peft.evaluation.predictions import Choice, Prediction, ReferenceLikelihood
+from moa_peft.evaluation.predictions import KINDS, Choice, Prediction, ReferenceLikelihood
 from moa_peft.intervals import Interval, mean_interval, share_interval
 
 
@@ -94,4 +94,36 @@ def mean_nll(results: Sequence[ReferenceLikelihood]) -> dict[str, Any]:
         "nll": sum(values) / len(values),
         "interval_95": asdict(mean_interval(values)),
         "nll_per_answer": sum(result.nll for result in results) / len(results),
+    }
+
+
+def suite_means(suites: Mapping[str, str], results: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Unweighted means over the sets of every suite that has several.
+
+    Args:
+        suites: the suite of every set.
+        results: by set and way of scoring, as `score_sets` returns them.
+
+    Returns:
+        By suite the names of its `sets`, and the measures that all of them have.
+    """
+    means: dict[str, dict[str, Any]] = {}
+    for suite in dict.fromkeys(suites.values()):
+        names = [name for name, own in suites.items() if own == suite]
+        measures: dict[str, list[float]] = {}
+        for name in names:
+            for scoring in KINDS.keys() & results[name].keys():
+                for measure, value in _values(scoring, results[name][scoring]).items():
+                    measures.setdefault(measure, []).append(value)
+        whole = {measure: sum(v) / len(v) for measure, v in measures.items() if len(v) == len(names)}
+        if len(names) > 1 and whole:
+            means[suite] = {"sets": names, **dict(sorted(whole.items()))}
+    return means
+
+
+def _values(scoring: str, content: Mapping[str, Any]) -> dict[str, float]:
+    if scoring == "nll":
+        return {"nll": content["nll"]}
+    return {
+        f"{scoring}.{mode}": c["accuracy"] for mode, c in content.items() if isinstance(c, dict) and "accuracy" in c
     }

@@ -25,7 +25,7 @@ from typing import Any
 import yaml
 
 from moa_peft.errors import UserError
-from moa_peft.evaluation.folder import KINDS
+from moa_peft.evaluation.predictions import KINDS
 from moa_peft.study.records import PRIMARY_MEASURES
 from moa_peft.training.recipe import number_from
 
