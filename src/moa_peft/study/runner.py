@@ -39,21 +39,10 @@ from moa_peft.study.records import MissingRun, RunRecord
 from moa_peft.study.spec import StudySpec
 from moa_peft.study.work import EXIT_BUSY, EXIT_INTERRUPTED, work
 from moa_peft.training.adapters import adapter_config
+from moa_peft.training.interrupts import TrainingInterrupted
 
 _POLL_S = 0.2
 _BUSY_WAIT_S = 5.0
-
-
-class StudyInterrupted(Exception):
-    """The study was stopped by a signal; running jobs saved what they had.
-
-    Attributes:
-        signal_number: the signal, so that the process can exit with 128 + signal_number.
-    """
-
-    def __init__(self, message: str, *, signal_number: int) -> None:
-        super().__init__(message)
-        self.signal_number = signal_number
 
 
 @dataclass(kw_only=True)
@@ -118,7 +107,7 @@ class Study:
             All records of the study and what is missing.
 
         Raises:
-            StudyInterrupted: Ctrl-C or SIGTERM.
+            TrainingInterrupted: Ctrl-C or SIGTERM.
         """
         for data in self.data.values():
             write_sample(data)
@@ -236,7 +225,7 @@ class _Pool:
                     bar.advance(task)
                 time.sleep(_POLL_S)
         if self._signal_number is not None:
-            raise StudyInterrupted(
+            raise TrainingInterrupted(
                 "Stopped. Finished runs are kept, and runs that had begun saved a checkpoint.\n"
                 "The same command goes on from there.",
                 signal_number=self._signal_number,
