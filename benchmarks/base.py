@@ -60,7 +60,8 @@ class Options:
         methods: contenders; empty are those of the benchmark.
         repeats: timed rounds; None is the benchmark's own number.
         warmup: rounds before them that are thrown away.
-        rank: LoRA rank of every contender; the parallel adapter is twice as wide, as in the paper.
+        rank: LoRA rank of the contenders that bring none of their own; the parallel adapter is twice as wide, as in
+            the paper.
         active_fraction: share of the tokens for which a sparse mixture keeps an expert, on average.
         axes: what `scaling` varies.
         prompt_tokens: tokens in the cache when `decode` starts.
@@ -132,23 +133,17 @@ class Options:
         """Family and sizes in a few characters."""
         return f"{self.family} {self.sizes.layers}x{self.sizes.hidden}"
 
-    def settings(self, **more: Any) -> dict[str, Any]:
-        """What a row's numbers depend on besides model and method."""
+    def settings(self) -> dict[str, Any]:
+        """What a row's numbers depend on besides model and contender."""
         return {
             "dtype": self.dtype,
             "autocast": self.autocast,
             "device": self.device,
             "batch": self.batch,
             "tokens": self.tokens,
-            "rank": self.rank,
             "active_fraction": self.active_fraction,
             **vars(self.sizes),
-            **more,
         }
-
-    def about(self, benchmark: str, **more: Any) -> dict[str, Any]:
-        """What all rows of a benchmark have in common, as arguments of `rows_of`."""
-        return {"benchmark": benchmark, "model": self.model_name, "settings": self.settings(**more)}
 
     def changed(self, **changes: Any) -> "Options":
         """A copy with other values."""

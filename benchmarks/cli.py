@@ -68,7 +68,9 @@ def benchmark(
     kv_heads: Annotated[int, typer.Option(help="Key-value heads.")] = 8,
     head_dim: Annotated[int, typer.Option(help="Width of a head.")] = 64,
     vocabulary: Annotated[int, typer.Option(help="Tokens in the vocabulary; small, so that blocks decide.")] = 1000,
-    rank: Annotated[int, typer.Option(help="LoRA rank; parallel adapters are twice as wide.")] = 8,
+    rank: Annotated[
+        int, typer.Option(help="LoRA rank of contenders without their own; parallel adapters are twice as wide.")
+    ] = 8,
     active: Annotated[float, typer.Option(help="Share of tokens for which Sparse MoA keeps an expert.")] = 0.5,
     axes: Annotated[str | None, typer.Option(help="For scaling: experts,rank,tokens,layers.")] = None,
     data: Annotated[Path | None, typer.Option(help="For end_to_end: JSON rows with instruction and output.")] = None,

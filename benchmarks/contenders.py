@@ -15,6 +15,7 @@ from benchmarks.base import Options
 from benchmarks.models import make_batch, sharing_copy
 from benchmarks.rows import BASE
 from moa_peft import MoAConfig, record_routing
+from moa_peft.architectures import ROLES
 from moa_peft.layer import MoALayer
 from moa_peft.methods import METHODS, method_config
 
@@ -84,11 +85,53 @@ for _k in (2, 4):
 CONTENDERS["lora_64"] = Contender(
     "PEFT LoRA of rank 64 on q, k, v, o and down", lambda rank, copies: method_config("lora", rank=64)
 )
+CONTENDERS["lora_64_all"] = Contender(
+    "PEFT LoRA of rank 64 on all seven linear layers of a block",
+    lambda rank, copies: method_config("lora", rank=64, targets=ROLES),
+)
 PRESETS = tuple(name for name in METHODS if name != "lora")
 for _name in PRESETS:
     CONTENDERS[_name] = Contender(f"the preset {_name} with its defaults", partial(_preset_config, _name))
 STANDARD = tuple(name for name in CONTENDERS if name not in PRESETS)
 TIMED = (BASE, "lora", "soft", "soft_prompt", "sparse", "sparse_prompt")
+
+
+def rank_of(name: str, options: Options) -> int | None:
+    """The LoRA rank that a contender has in a run; None where it has no LoRA."""
+    make = CONTENDERS[name].config
+    if make is None:
+        return None
+    config: Any = make(options.rank, 1)
+    if not isinstance(config, MoAConfig):
+        return config.r
+    ranks = {entry["rank"] for entry in config.experts or [] if "rank" in entry}
+    assert len(ranks) <= 1, f"{name} has experts of several ranks"
+    return ranks.pop() if ranks else None
+
+
+def settings_of(name: str, options: Options, **more: Any) -> dict[str, Any]:
+    """What the numbers of a contender depend on besides the model.
+
+    Args:
+        name: a key of `CONTENDERS`.
+        options: of the run, or of the contender's place in it.
+        **more: what the benchmark adds.
+    """
+    rank = rank_of(name, options)
+    return options.settings() | ({} if rank is None else {"rank": rank}) | more
+
+
+def about(benchmark: str, names: Iterable[str], options: Options, **more: Any) -> dict[str, Any]:
+    """What the rows of a benchmark say of themselves, as arguments of `rows_of`.
+
+    Args:
+        benchmark: name in the registry.
+        names: its contenders.
+        options: of the run.
+        **more: settings that the benchmark adds.
+    """
+    settings = {name: settings_of(name, options, **more) for name in names}
+    return {"benchmark": benchmark, "model": options.model_name, "settings": settings}
 
 
 def build(name: str, base: nn.Module, options: Options, *, train: bool) -> Any:

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from benchmarks.base import BENCHMARKS, Benchmark, Options, Track, silent
-from benchmarks.contenders import CONTENDERS, TIMED, build_all
+from benchmarks.contenders import CONTENDERS, TIMED, about, build_all
 from benchmarks.models import base_model, make_batch
 from benchmarks.prefill import fill_cache
 from benchmarks.rows import Row, rows_of
@@ -48,6 +48,7 @@ class Decode(Benchmark):
 
     def run(self, options: Options, track: Track = silent) -> list[Row]:
         models = build_all(self.contenders(options), base_model(options), options, train=False)
+        lengths = {"prompt_tokens": options.prompt_tokens, "decode_tokens": options.decode_tokens}
         rows = []
         for batch in options.decode_batches:
             at = options.changed(batch=batch, tokens=options.prompt_tokens + options.decode_tokens)
@@ -62,6 +63,6 @@ class Decode(Benchmark):
                 seconds,
                 metric=f"token_seconds_batch{batch}",
                 unit="s",
-                **at.about("decode", prompt_tokens=options.prompt_tokens, decode_tokens=options.decode_tokens),
+                **about("decode", models, at, **lengths),
             )
         return rows

@@ -119,7 +119,7 @@ class EndToEnd(Benchmark):
                 model=Path(options.base_model).name,
                 metric=metric,
                 unit=unit,
-                settings=settings,
+                settings=dict.fromkeys(names, settings),
                 against=dict.fromkeys(names, (names[0],)),
             )
         return rows

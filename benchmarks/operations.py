@@ -16,7 +16,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.base import BENCHMARKS, Benchmark, Options, Track, silent
-from benchmarks.contenders import CONTENDERS, STANDARD, build
+from benchmarks.contenders import CONTENDERS, STANDARD, about, build
 from benchmarks.models import base_model, make_batch
 from benchmarks.rows import Row, rows_of
 from benchmarks.timing import forget_gradients, forward_context
@@ -85,6 +85,6 @@ class Operations(Benchmark):
             with torch.no_grad(), forward_context(options):
                 forward = count_flops(lambda model=model: model(input_ids=batch["input_ids"], use_cache=False))
             forwards[names[number]] = [float(forward)]
-        about = options.about("operations")
-        rows = rows_of(steps, metric="step_flops", unit="FLOP", **about)
-        return rows + rows_of(forwards, metric="forward_flops", unit="FLOP", **about)
+        common = about("operations", names, options)
+        rows = rows_of(steps, metric="step_flops", unit="FLOP", **common)
+        return rows + rows_of(forwards, metric="forward_flops", unit="FLOP", **common)

@@ -12,7 +12,7 @@ from torch import nn
 from transformers import DynamicCache
 
 from benchmarks.base import BENCHMARKS, Benchmark, Options, Track, silent
-from benchmarks.contenders import CONTENDERS, TIMED, build_all
+from benchmarks.contenders import CONTENDERS, TIMED, about, build_all
 from benchmarks.models import base_model, make_batch
 from benchmarks.rows import Row, rows_of
 from benchmarks.timing import forward_context, interleave, peak_bytes, stopwatch
@@ -52,12 +52,12 @@ class Prefill(Benchmark):
         seconds = interleave(
             tasks, repeats=self.rounds(options), warmup=options.warmup, track=track, description="prefill"
         )
-        about = options.about("prefill")
-        rows = rows_of(seconds, metric="prefill_seconds", unit="s", **about)
+        common = about("prefill", models, options)
+        rows = rows_of(seconds, metric="prefill_seconds", unit="s", **common)
         if options.device == "cuda":
             peaks = {
                 name: [float(peak_bytes(lambda model=model: fill_cache(model, input_ids, options)))]
                 for name, model in models.items()
             }
-            rows += rows_of(peaks, metric="prefill_peak_bytes", unit="B", **about)
+            rows += rows_of(peaks, metric="prefill_peak_bytes", unit="B", **common)
         return rows

@@ -24,7 +24,8 @@ class Row:
         ratio_q1: lower quartile of these ratios; None where nothing varies.
         ratio_q3: upper quartile.
         rounds: number of rounds; 0 where nothing varies.
-        settings: what the number depends on besides model and method.
+        settings: what the number depends on besides model and method; its rank is that of the contender, and left out
+            where the contender has none.
     """
 
     benchmark: str
@@ -79,7 +80,7 @@ def rows_of(
     model: str,
     metric: str,
     unit: str,
-    settings: dict[str, Any],
+    settings: Mapping[str, dict[str, Any]],
     against: Mapping[str, Sequence[str]] | None = None,
 ) -> list[Row]:
     """Rows of one metric.
@@ -90,7 +91,7 @@ def rows_of(
         model: family and sizes.
         metric: what was measured.
         unit: of the numbers.
-        settings: what they depend on.
+        settings: contender to what its numbers depend on.
         against: contender to its baselines, instead of `baselines`.
     """
     made = []
@@ -110,7 +111,7 @@ def rows_of(
                     ratio_q1=low,
                     ratio_q3=high,
                     rounds=len(values) if len(values) > 1 else 0,
-                    settings=settings,
+                    settings=settings[method],
                 )
             )
     return made

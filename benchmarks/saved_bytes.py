@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from benchmarks.base import BENCHMARKS, Benchmark, Options, Track, silent
-from benchmarks.contenders import CONTENDERS, STANDARD, build
+from benchmarks.contenders import CONTENDERS, STANDARD, about, build
 from benchmarks.memory import Footprint, footprint
 from benchmarks.models import base_model, make_batch
 from benchmarks.rows import BASE, Row, rows_of
@@ -54,10 +54,10 @@ class SavedBytes(Benchmark):
         found = {}
         for number in track(range(len(names)), len(names), "saved_bytes"):
             found[names[number]] = contender_footprint(names[number], base, options)
-        about: dict[str, Any] = options.about("saved_bytes") | {"unit": "B"}
+        common: dict[str, Any] = {"unit": "B"} | about("saved_bytes", names, options)
         saved = {name: [float(one.saved)] for name, one in found.items()}
         live = {name: [float(one.live)] for name, one in found.items()}
-        rows = rows_of(saved, metric="saved_bytes", **about) + rows_of(live, metric="live_bytes", **about)
+        rows = rows_of(saved, metric="saved_bytes", **common) + rows_of(live, metric="live_bytes", **common)
         # Ideally nothing is left outside autograd, so there is nothing to divide by: shares of the base's saved bytes.
         return rows + [
             Row(
@@ -66,7 +66,7 @@ class SavedBytes(Benchmark):
                 value=float(one.unsaved),
                 baseline=BASE,
                 ratio=one.unsaved / found[BASE].saved,
-                **about,
+                **(common | {"settings": common["settings"][name]}),
             )
             for name, one in found.items()
         ]

@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from benchmarks.base import BENCHMARKS, Benchmark, Options, Track, silent
-from benchmarks.contenders import build
+from benchmarks.contenders import build, settings_of
 from benchmarks.models import base_model, make_batch
 from benchmarks.rows import BASE, Row, rows_of
 from benchmarks.saved_bytes import contender_footprint
@@ -113,7 +113,11 @@ class Scaling(Benchmark):
             track=track,
             description=f"scaling, {axis}",
         )
-        about: dict[str, Any] = options.about("scaling", axis=axis)
-        about |= {"against": {point.label: point.anchors for point in wanted}}
-        rows = rows_of(seconds, metric="step_seconds", unit="s", **about)
-        return rows + rows_of(saved, metric="saved_bytes", unit="B", **about)
+        common: dict[str, Any] = {
+            "benchmark": "scaling",
+            "model": options.model_name,
+            "settings": {point.label: settings_of(point.contender, point.options, axis=axis) for point in wanted},
+            "against": {point.label: point.anchors for point in wanted},
+        }
+        rows = rows_of(seconds, metric="step_seconds", unit="s", **common)
+        return rows + rows_of(saved, metric="saved_bytes", unit="B", **common)

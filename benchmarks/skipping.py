@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from benchmarks.base import BENCHMARKS, Benchmark, Options, Track, silent
-from benchmarks.contenders import build
+from benchmarks.contenders import build, settings_of
 from benchmarks.models import base_model, make_batch
 from benchmarks.prefill import fill_cache
 from benchmarks.rows import BASE, Row, rows_of
@@ -58,6 +58,7 @@ class Skipping(Benchmark):
                 BASE: self._task(build(BASE, base, options, train=train), options, None, train=train)
             }
             against = {BASE: [BASE]}
+            settings = {BASE: settings_of(BASE, options)}
             for method in self.contenders(options)[1:]:
                 large = options if method.endswith("_24") else options.changed(rank=max(LARGE_RANK, options.rank))
                 for fraction in TOP_K.get(method, FRACTIONS):
@@ -68,6 +69,7 @@ class Skipping(Benchmark):
                         label = f"{method}[kept={fraction}, {mode}]"
                         tasks[label] = self._task(model, at, shares, train=train)
                         against[label] = [dense, BASE]
+                        settings[label] = settings_of(method, at)
             seconds = interleave(
                 tasks,
                 repeats=self.rounds(options),
@@ -75,7 +77,15 @@ class Skipping(Benchmark):
                 track=track,
                 description=f"skipping, {metric}",
             )
-            rows += rows_of(seconds, metric=metric, unit="s", **options.about("skipping"), against=against)
+            rows += rows_of(
+                seconds,
+                benchmark="skipping",
+                model=options.model_name,
+                metric=metric,
+                unit="s",
+                settings=settings,
+                against=against,
+            )
         return rows
 
     def _task(self, model: Any, options: Options, shares: dict[str, float] | None, *, train: bool) -> Task:

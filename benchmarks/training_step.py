@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from benchmarks.base import BENCHMARKS, Benchmark, Options, Track, silent
-from benchmarks.contenders import CONTENDERS, TIMED, build_all
+from benchmarks.contenders import CONTENDERS, TIMED, about, build_all
 from benchmarks.models import base_model, make_batch
 from benchmarks.rows import Row, rows_of
 from benchmarks.timing import Task, forget_gradients, forward_context, interleave, peak_bytes, stopwatch
@@ -50,13 +50,13 @@ class TrainingStep(Benchmark):
         seconds = interleave(
             tasks, repeats=self.rounds(options), warmup=options.warmup, track=track, description="training_step"
         )
-        about = options.about("training_step")
-        rows = rows_of(seconds, metric="step_seconds", unit="s", **about)
+        common = about("training_step", models, options)
+        rows = rows_of(seconds, metric="step_seconds", unit="s", **common)
         if options.device == "cuda":
             peaks = {}
             for name, model in models.items():
                 forget_gradients(model)
                 peaks[name] = [float(peak_bytes(lambda model=model: step(model, batch, options)))]
                 forget_gradients(model)
-            rows += rows_of(peaks, metric="step_peak_bytes", unit="B", **about)
+            rows += rows_of(peaks, metric="step_peak_bytes", unit="B", **common)
         return rows

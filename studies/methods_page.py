@@ -8,6 +8,7 @@ from the benchmark files in docs/results/methods/.
 Add the cost by running, from the root of the repository, before that:
 
     python -m benchmarks training_step --methods base,lora,... --json docs/results/methods/step.json
+    python -m benchmarks saved_bytes --methods base,lora,... --json docs/results/methods/saved_bytes.json
 
 and the short training runs by `python -m studies.method_runs --data DIR`.
 """
@@ -19,12 +20,14 @@ import json
 import sys
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from peft import PeftConfig
 from transformers import PreTrainedConfig
 
+from benchmarks.contenders import CONTENDERS, PRESETS
 from moa_peft.config import MoAConfig
 from moa_peft.counting import count_parameters
 from moa_peft.errors import UserError
@@ -37,13 +40,13 @@ PAGE = ROOT / "docs" / "methods.md"
 MEASURED = ROOT / "docs" / "results" / "methods"
 RUNS = MEASURED / "runs.json"
 MODELS: Mapping[str, PreTrainedConfig] = {"Llama-3.1-8B": LLAMA_31_8B, "Qwen3-8B": QWEN3_8B}
-METRICS = {
-    "step_seconds": "training step",
-    "step_peak_bytes": "peak memory of a step",
-    "saved_bytes": "bytes saved for backward",
-    "step_flops": "operations of a step",
-}
+METRICS = {"step_seconds": "step time", "saved_bytes": "saved bytes"}
 """What the page shows of the measurements: metric to heading."""
+
+BELOW = "see below"
+"""The preset `lora` has another rank than the contenders that are PEFT LoRA."""
+
+NOT_MEASURED = "Not measured yet.\n"
 
 Count = Callable[[PreTrainedConfig, PeftConfig], int]
 
@@ -77,24 +80,37 @@ def page(count: Count = lambda model, config: count_parameters(model, config).to
     Args:
         count: parameters that a configuration adds to a model.
     """
-    benchmarks = [path for path in sorted(MEASURED.glob("*.json")) if path != RUNS]
-    sections = [INTRODUCTION, _overview(count), "## Measured cost\n\n" + measured(benchmarks)]
+    costs = read_costs([path for path in sorted(MEASURED.glob("*.json")) if path != RUNS])
+    sections = [INTRODUCTION, _overview(count, costs), _beside(costs)]
     sections += ["## Short training runs\n\n" + trained(json.loads(RUNS.read_text(encoding="utf-8")))]
     sections += ["## The methods\n"]
     sections += [_section(method) for method in METHODS.values()]
     return "\n".join(sections)
 
 
-def _overview(count: Count) -> str:
-    head = ["method", "what it makes of the model", "source", "scope", "knobs", *MODELS]
+def _overview(count: Count, costs: Costs) -> str:
+    head = ["method", "what it makes of the model", "source", "scope", "knobs", *MODELS, *METRICS.values()]
     rows = []
     for method in METHODS.values():
         knobs = ", ".join(method.knobs)
         numbers = [_count(count, model, method) for model in MODELS.values()]
         name = f"[`{method.name}`](#{method.name})"
-        rows.append([name, f"`{method.formula}`", _linked(method.source), method.scope, knobs, *numbers])
-    text = "The last columns are trainable parameters with the defaults, counted from the configurations alone."
-    return f"## Overview\n\n{text}\n\n{_table(head, rows)}"
+        cells = [name, f"`{method.formula}`", _linked(method.source), method.scope, knobs, *numbers]
+        rows.append(cells + (costs.of(method.name) if method.name in PRESETS else [BELOW] * len(METRICS)))
+    text = (
+        "Below the models' names are trainable parameters, counted from the configurations alone. Step time (forward "
+        "and backward pass, with quartiles over rounds) and saved bytes (what waits for the backward pass) are ratios "
+        "to the frozen base model. All of them with the defaults."
+    )
+    return f"## Overview\n\n{text}\n\n{_table(head, rows)}\n{''.join(costs.sources) or NOT_MEASURED}"
+
+
+def _beside(costs: Costs) -> str:
+    """What the ratios can be compared with: PEFT LoRA in other ranks than the preset's, and the base model itself."""
+    names = [name for name in costs.names if name not in PRESETS]
+    rows = [[f"`{name}`", CONTENDERS[name].summary, costs.rank(name), *costs.of(name)] for name in names]
+    head = ["contender", "what it is", "rank", *METRICS.values()]
+    return f"### Beside PEFT LoRA\n\nThe same measurements.\n\n{_table(head, rows)}" if rows else ""
 
 
 def _count(count: Count, model: PreTrainedConfig, method: Method) -> str:
@@ -132,34 +148,55 @@ def _losses(method: Method) -> str:
     return ", ".join(f"{entry['type']} ({entry['coefficient']:g})" for entry in entries)
 
 
-def measured(files: Sequence[Path]) -> str:
-    """What benchmarks say of the methods' cost over the frozen base model.
+@dataclass(frozen=True)
+class Costs:
+    """What benchmarks say of the cost over the frozen base model.
+
+    Attributes:
+        rows: contender and metric to the row of a benchmark file.
+        sources: one paragraph for each file: what was measured, where and how.
+    """
+
+    rows: Mapping[tuple[str, str], dict[str, Any]]
+    sources: tuple[str, ...]
+
+    @property
+    def names(self) -> list[str]:
+        """The contenders, in the order of the files."""
+        return list(dict.fromkeys(name for name, _ in self.rows))
+
+    def of(self, name: str) -> list[str]:
+        """The ratios of a contender, one cell for each of `METRICS`."""
+        found = [self.rows.get((name, metric)) for metric in METRICS]
+        return ["-" if row is None else _ratio(row) for row in found]
+
+    def rank(self, name: str) -> str:
+        """The rank that a contender had where its bytes were counted."""
+        return str(self.rows.get((name, "saved_bytes"), {"settings": {}})["settings"].get("rank", "-"))
+
+
+def read_costs(files: Sequence[Path]) -> Costs:
+    """The rows of `METRICS` over the base model.
 
     Args:
-        files: as `python -m benchmarks ... --json FILE` writes them.
+        files: as `python -m benchmarks ... --json FILE` writes them; those without such rows are left out.
     """
-    contents = [json.loads(path.read_text(encoding="utf-8")) for path in files]
-    parts = [_measured_table(path, content) for path, content in zip(files, contents)]
-    parts = [part for part in parts if part]
-    if not parts:
-        return "Not measured yet.\n"
-    return "Ratios to the frozen base model itself.\n\n" + "\n".join(parts)
+    found, sources = {}, []
+    for path in files:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        rows = [row for row in content["rows"] if row["metric"] in METRICS and row["baseline"] == "base"]
+        found |= {(row["method"], row["metric"]): row for row in rows}
+        if rows:
+            sources.append(_source(path, content, rows))
+    return Costs(found, tuple(sources))
 
 
-def _measured_table(path: Path, content: dict[str, Any]) -> str:
-    rows = [row for row in content["rows"] if row["metric"] in METRICS and row["baseline"] == "base"]
-    if not rows:
-        return ""
-    metrics = [metric for metric in METRICS if any(row["metric"] == metric for row in rows)]
-    methods = list(dict.fromkeys(row["method"] for row in rows))
-    ratios = {(row["method"], row["metric"]): _ratio(row) for row in rows}
-    body = [[name, *(ratios.get((name, metric), "") for metric in metrics)] for name in methods]
-    settings = rows[0]["settings"]
-    about = f"{rows[0]['model']}, {settings['batch']} x {settings['tokens']} tokens, {settings['dtype']}"
-    machine = content["machine"]
+def _source(path: Path, content: dict[str, Any], rows: Sequence[dict[str, Any]]) -> str:
+    settings, machine = rows[0]["settings"], content["machine"]
+    metrics = " and ".join(text for metric, text in METRICS.items() if any(row["metric"] == metric for row in rows))
     where = machine["gpu"] if settings["device"] == "cuda" else f"{machine['cpu']}, {machine['cores']} cores"
-    about += f", {where}: `{content['command']}`, [{path.name}](results/methods/{path.name}).\n\n"
-    return about + _table(["method", *(METRICS[metric] for metric in metrics)], body)
+    about = f"{rows[0]['model']}, {settings['batch']} x {settings['tokens']} tokens, {settings['dtype']}, {where}"
+    return f"- {metrics}: {about}: `{content['command']}`, [{path.name}](results/methods/{path.name})\n"
 
 
 def _ratio(row: dict[str, Any]) -> str:

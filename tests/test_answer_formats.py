@@ -27,7 +27,7 @@ def test_the_cases_are_many_and_mostly_real():
     sources = Counter(case["source"] for case in CASES)
     assert set(sources) == SOURCES
     assert len({(case["text"], case["kind"]) for case in CASES}) == len(CASES) >= 170
-    assert sources["gpt-3.5 rationale"] + sources["gemma-3-270m output"] >= 100
+    assert sources["gpt-3.5 rationale"] + sources["gemma-3-270m output"] >= 150
     assert all(len(case["text"]) <= 600 for case in CASES)
     for mode in ("strict", "flexible", "legacy"):
         assert 10 < sum(case[mode] is None for case in CASES) < len(CASES) - 10
@@ -151,6 +151,21 @@ def test_math_verify_is_needed_only_for_latex(monkeypatch):
 def test_extraction_stays_fast_on_degenerate_text(answers):
     # Backtracking or a scan for every statement would take minutes here.
     units = ("answer is ", r"\boxed{", "(A) ", "A, ", "answer1 or ", "not answer2 ", "#### ", "C.\n", "$", "\n ")
+    units += (
+        "answer3",
+        "11,",
+        "1 234 ",
+        "twenty ",
+        "Sure\nQ: a\n",
+        "<answer>",
+        "<b>",
+        "sqrt(",
+        "3 x 10^",
+        "C is right ",
+    )
     runs = ("answer", "Q", "A", "1", "(", "\nB", r"\frac", "answer2", r"\text{")
-    for text in [unit * 4000 for unit in units] + [run + " " * 20000 + "x" for run in runs] + [r"\," + "1" * 20000]:
+    runs += ("### Input", "Sure\n### Question", "answer is 1", "answer is twenty", "B is", "C,", "2**", "Yes")
+    words = "answer is 3 " + "word " * 4000 + "is 5"
+    texts = [unit * 4000 for unit in units] + [run + " " * 20000 + "x" for run in runs]
+    for text in [*texts, r"\," + "1" * 20000, words]:
         answers.extract(text, mode="flexible")

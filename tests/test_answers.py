@@ -83,7 +83,7 @@ CASES = [
     ("The answer is (C).", None, None),
     ("The answer is unknown. He has 5 left.", None, 5),
     ("The answer is\n", None, None),
-    ("The answer is four.", None, None),
+    ("The answer is four.", 4, 4),
     ("The answer isn't 5.", None, 5),
     ("The answer is\nunknown\n5", None, 5),
     # No statement at all.

@@ -33,12 +33,19 @@ def no_state_of_accelerate() -> Iterator[None]:
     GradientState._shared_state.update(before)
 
 
+class TopTwo(nn.Linear):
+    """The layer that makes the logits."""
+
+    def all_parameters(self) -> list[nn.Parameter]:
+        return list(self.parameters())
+
+
 class RoutedBlock(nn.Module):
     """Top-2 of elementwise experts, once per adapter."""
 
     def __init__(self, adapters: dict[str, list[dict[str, Any]]]) -> None:
         super().__init__()
-        self.routers = nn.ModuleDict({name: nn.Linear(WIDTH, EXPERTS) for name in adapters})
+        self.linears = nn.ModuleDict({name: TopTwo(WIDTH, EXPERTS) for name in adapters})
         self.experts = nn.ParameterDict({name: torch.randn(EXPERTS, WIDTH) for name in adapters})
         self.active = list(adapters)
         self.auxiliary = Auxiliary()
@@ -46,8 +53,11 @@ class RoutedBlock(nn.Module):
         for name, entries in adapters.items():
             self.auxiliary.add(name, "block", parse_losses(entries))
 
+    def routers(self, name: str) -> dict[str, nn.Module]:
+        return {"block": self.linears[name]}
+
     def route(self, name: str, x: torch.Tensor) -> Routing:
-        logits = self.routers[name](x)
+        logits = self.linears[name](x)
         scores = logits.softmax(-1)
         kept = scores >= scores.topk(2).values[..., -1:]
         return Routing(weights=scores * kept, scores=scores, logits=logits)

@@ -136,6 +136,62 @@ def test_two_adapters_have_their_own():
     assert_equal(gradients(model), expected)
 
 
+@pytest.mark.parametrize("router", ["top_k", "sparsegen"])
+def test_a_frozen_adapter_teaches_nothing_and_logs_nothing(router: str):
+    """Its routings depend on what the other adapter added in the blocks before, which its losses must not move."""
+
+    def train(coefficient: float) -> tuple[dict[str, torch.Tensor], dict[str, float]]:
+        losses: list[dict[str, Any]] = [{"type": "balance", "coefficient": coefficient}]
+        model = mixture("module", losses=losses, router={"type": router})
+        model.add_adapter("other", MoAConfig.preset("molora", num_experts=2, rank=4, **CAUSAL))
+        randomise_adapter(model)
+        model.base_model.set_adapter(["default", "other"])
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(".moa" in name and ".other." in name)
+        model(**padded_batch()).loss.backward()
+        return gradients(model), read_losses(model)
+
+    found, logged = train(50.0)
+    assert found and logged == {}
+    assert_equal(found, train(1.0)[0])
+
+
+def test_a_network_that_routers_share_is_taught_by_their_losses():
+    model = mixture("module", losses=LOSSES[:1], router={"type": "sparsegen"})
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(".moa_shared." in name)
+    model(**padded_batch()).loss.backward()
+    assert list(read_losses(model)) == ["moa/balance"] and gradients(model)
+
+
+def sequence_rows(packed: bool) -> dict[str, torch.Tensor]:
+    """Sequences of 40 and 6 tokens whose prompts have 3, in a row each or in one."""
+    rows = tiny_batch(rows=2, tokens=40)
+    if packed:
+        parts = {key: torch.cat((value[0], value[1, :6]))[None] for key, value in rows.items()}
+        return parts | {"position_ids": torch.cat((torch.arange(40), torch.arange(6)))[None]}
+    rows["attention_mask"][1, 6:] = 0
+    rows["labels"][1, 6:] = -100
+    return rows
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["rows", "packed"])
+def test_each_sequence_counts_once(packed: bool):
+    model = mixture("block", granularity="sequence", experts=MoAConfig.sparse(rank=4).experts)
+    batch = sequence_rows(packed)
+    with record_routing(model) as record:
+        model(**batch)
+    found: dict[str, float] = {}
+    for (routing,) in record.routings.values():
+        starts = torch.tensor([0, 40 if packed else routing.weights.shape[1]])
+        two = routing.map(lambda values, at=starts: values.flatten(0, 1)[at])
+        assert not torch.allclose(two.weights[0], two.weights[1])
+        for name, value in loss_values(parse_losses(LOSSES), two).items():
+            share = len(record.routings) if name == "entropy" else 1
+            found[f"moa/{name}"] = found.get(f"moa/{name}", 0.0) + value.item() / share
+    assert read_losses(model) == pytest.approx(found, rel=1e-5)
+
+
 def test_evaluation_and_recording_have_none():
     model = mixture("module").eval()
     with torch.no_grad(), record_routing(model):

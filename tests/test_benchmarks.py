@@ -16,7 +16,7 @@ from torch import nn
 
 from benchmarks import cli
 from benchmarks.base import Options, Sizes
-from benchmarks.contenders import CONTENDERS, PRESETS, STANDARD, build, kept_fraction
+from benchmarks.contenders import CONTENDERS, PRESETS, STANDARD, Contender, build, kept_fraction, settings_of
 from benchmarks.memory import footprint
 from benchmarks.models import base_model
 from benchmarks.operations import count_flops
@@ -24,7 +24,9 @@ from benchmarks.rows import Row, median_ratio
 from benchmarks.scaling import points
 from benchmarks.suite import BENCHMARKS
 from benchmarks.timing import interleave
+from moa_peft.architectures import ROLES
 from moa_peft.errors import UserError
+from moa_peft.methods import METHODS, method_config
 from tests.tiny import save_tiny, write_sums
 
 TINY = Options(
@@ -107,6 +109,25 @@ def test_scaling_compares_each_point_with_the_first_and_with_the_base() -> None:
         known = {point.label for point in found}
         assert len(known) == len(found)
         assert all(anchor in known for point in found for anchor in point.anchors)
+
+
+def test_rows_record_the_rank_that_their_contender_has() -> None:
+    own = {"lora_64": 64, "lora_64_all": 64, "prompt": None, "comol": 16, "dynmole": 24, "mixlora": 16}
+    rows = BENCHMARKS["saved_bytes"]().run(replace(TINY, methods=("lora", "soft_24", *own)))
+    found = {row.method: row.settings.get("rank") for row in rows}
+    assert found == {"base": None, "lora": TINY.rank, "soft_24": TINY.rank} | own
+    base, ends = base_model(TINY), ("lora_A.weight", "lora_A.default.weight")
+    for name in CONTENDERS:
+        factors = dict(build(name, base, TINY, train=False).named_parameters())
+        ranks = {factor.shape[0] for key, factor in factors.items() if key.endswith(ends)}
+        assert ranks == {settings_of(name, TINY).get("rank")} - {None}, name
+
+
+def test_points_of_an_axis_record_where_they_are() -> None:
+    rows = BENCHMARKS["scaling"]().run(replace(TINY, methods=("soft",), axes=("rank", "tokens"), repeats=1, warmup=0))
+    settings = {row.method: row.settings for row in rows}
+    assert settings["soft[rank=8]"]["rank"] == 8 and settings["soft[rank=2]"]["rank"] == 2
+    assert settings["soft[tokens=16]"]["tokens"] == 16 and "rank" not in settings["base[tokens=16]"]
 
 
 def test_end_to_end_trains_the_same_rows_under_both_trainers(tmp_path: Path) -> None:
@@ -334,6 +355,21 @@ def test_eight_experts_of_rank_8_keep_no_more_than_lora_of_rank_64() -> None:
     rows = saved_rows("qwen3", "float32", False)
     for method in ("molora", "hydralora", "moe_lora_topk", "adamole"):
         assert ratio(rows, method, "saved_bytes") <= ratio(rows, "lora_64", "saved_bytes")
+
+
+def test_eight_experts_of_rank_8_on_all_linear_layers_keep_no_more_than_lora_of_rank_64_there(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    small = [name for name in PRESETS if METHODS[name].knobs.get("rank") == 8]
+    # Of mola's groups of blocks the last one has eight.
+    eight = [name for name in small if METHODS[name].knobs.get("num_experts") in (8, (2, 4, 6, 8))]
+    assert {"molora", "hydralora", "moe_lora_topk", "adamole", "mola", "ld_mole"} <= set(eight)
+    for name in eight:
+        config = method_config(name, targets=ROLES, num_experts=8)
+        monkeypatch.setitem(CONTENDERS, name, Contender("", lambda rank, copies, config=config: config))
+    rows = BENCHMARKS["saved_bytes"]().run(replace(BLOCKS, batch=2, methods=("lora_64_all", *eight)))
+    found = {name: ratio(rows, name, "saved_bytes") for name in eight}
+    assert all(share <= ratio(rows, "lora_64_all", "saved_bytes") for share in found.values()), found
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen3", "gemma3"])

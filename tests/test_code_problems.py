@@ -7,6 +7,7 @@ import pytest
 
 from moa_peft.code_evaluation import load_problems, problems, prompt_text, run_program, sandbox, score_code
 from moa_peft.errors import UserError
+from moa_peft.intervals import wilson_interval
 
 HUMANEVAL_ROWS = [
     {
@@ -208,6 +209,17 @@ def test_one_problem_has_no_interval(loaded):
     score = score_code(loaded[:1], [[HUMANEVAL_ROWS[0]["canonical_solution"]]])
     assert (score.pass_at[1].value, score.pass_at[1].interval) == (1.0, None)
     assert not run_program(loaded[0].prompt, tests=loaded[0].tests).passed
+
+
+@pytest.mark.parametrize("passes", [True, False])
+def test_problems_that_all_pass_or_all_fail_are_no_certainty(loaded, monkeypatch, passes):
+    monkeypatch.setattr("moa_peft.code_evaluation.scoring.check_sandbox", lambda **_: None)
+    outcome = sandbox.Outcome(passed=passes, reason="passed" if passes else "failed")
+    monkeypatch.setattr("moa_peft.code_evaluation.scoring.run_program", lambda *_, **__: outcome)
+    score = score_code(loaded, [["x", "y"]] * 3, k=(1, 2))
+    for k in (1, 2):
+        assert score.pass_at[k].value == (1.0 if passes else 0.0)
+        assert score.pass_at[k].interval == wilson_interval(3 if passes else 0, 3)
 
 
 @pytest.mark.parametrize(

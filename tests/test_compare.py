@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,10 +14,11 @@ from typing import Any
 
 import pytest
 import yaml
+from rich.console import Console
 
 from moa_peft.cli import main
 from moa_peft.errors import UserError
-from moa_peft.study.jobs import Job, chosen_rates, run_jobs, search_jobs
+from moa_peft.study.jobs import Job, chosen_rates, job_digest, run_jobs, search_jobs
 from moa_peft.study.runner import Study
 from moa_peft.study.spec import load_study, parse_study
 
@@ -110,10 +112,13 @@ def test_a_killed_study_goes_on(tmp_path: Path) -> None:
     file.write_text(yaml.safe_dump(content))
     words = ["compare", str(file), "--data", str(SMOKE.parent), "--output", str(out)]
     command = [sys.executable, "-m", "moa_peft", *words]
-    checkpoints = out / "runs" / "sums.soft_moa.seed0" / "checkpoints"
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
     deadline = time.monotonic() + 120
-    while not list(checkpoints.glob("checkpoint-*")) and time.monotonic() < deadline and process.poll() is None:
+    while (
+        not list(out.glob("runs/*/checkpoints/checkpoint-*"))
+        and time.monotonic() < deadline
+        and process.poll() is None
+    ):
         time.sleep(0.05)
     os.killpg(process.pid, signal.SIGKILL)
     process.communicate()
@@ -136,7 +141,8 @@ def test_a_run_that_fails_is_named_and_the_others_are_kept(
     content = smoke(seeds=[0], search=None)
     content["recipe"] |= {"learning_rate": 1e-3, "max_steps": 1}
     # A rate at which the loss is not finite after the first step.
-    content["rows"]["lora"]["recipe"] = {"learning_rate": 1e38, "max_grad_norm": 0.0, "max_steps": 1}
+    content["recipe"] |= {"max_grad_norm": 0.0}
+    content["rows"]["lora"]["recipe"] = {"learning_rate": 1e38}
     file, out = tmp_path / "study.yaml", tmp_path / "out"
     file.write_text(yaml.safe_dump(content))
     assert main(["compare", str(file), "--data", str(SMOKE.parent), "--output", str(out)]) == 1
@@ -164,6 +170,12 @@ def test_a_run_that_fails_is_named_and_the_others_are_kept(
         ({"primary": "loss"}, "primary 'loss'"),
         ({"data": {}}, "data must be a block"),
         ({"data": {"sums": {"train": "x", "test": "y", "tasks": ["AddSub"], "scorings": ["guess"]}}}, "scorings"),
+        ({"seeds": []}, "seeds is empty"),
+        ({"seeds": [1, 1]}, "has 1 twice"),
+        ({"rows": {"soft_moa": {}, "lo/ra": {}}}, "'lo/ra' is not allowed"),
+        ({"primary": "accuracy"}, "measured by loglikelihood"),
+        ({"rows": {"soft_moa": {}, "lora": {"recipe": {"max_steps": 1}}}}, "one budget"),
+        ({"rows": {"soft_moa": {}, "lora": {"recipe": {"learning_rate": 1e-3}}}}, "learning_rate and search"),
         ({"search": {"data": "sum", "learning_rate": [1], "max_steps": 1}}, "Did you mean 'sums'"),
         ({"recipe": {"model": "x", "max_steps": 3, "seed": 1}}, "recipe.seed cannot be set"),
         ({"recipe": {"model": "x", "max_steps": 3, "learning_rate": 1e-3}}, "learning_rate and search"),
@@ -175,6 +187,67 @@ def test_studies_are_checked(changes: dict[str, Any], part: str) -> None:
     assert part in str(error.value), str(error.value)
 
 
+def test_rows_that_could_never_run_are_refused() -> None:
+    two = {"sums": smoke()["data"]["sums"] | {"rows": ["soft_moa"]}}
+    with pytest.raises(UserError, match="'lora' is on no data set"):
+        parse_study(smoke(data=two))
+    two["more"] = smoke()["data"]["sums"]
+    with pytest.raises(UserError, match="where learning rates are searched"):
+        parse_study(smoke(data=two))
+    rows = smoke()["rows"]
+    rows["lora"]["learning_rate_of"] = "soft_moa"
+    assert parse_study(smoke(data=two, rows=rows)).rows_on("sums") == ["soft_moa"]
+
+
+def test_a_deleted_record_is_not_filled_from_a_run_with_other_settings(finished: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    shutil.copytree(finished, out)
+    for file in out.glob("records/*.json"):
+        file.unlink()
+    changed = smoke(seeds=[0])
+    changed["recipe"]["max_steps"] = 4
+    file = tmp_path / "smoke.yaml"
+    file.write_text(yaml.safe_dump(changed))
+    assert main(["compare", str(file), "--data", str(SMOKE.parent), "--output", str(out)]) == 0
+    runs = json.loads((out / "results.json").read_text())["runs"]
+    assert [run["steps"] for run in runs] == [4, 4]
+
+
+def test_a_run_stopped_before_its_record_was_written_starts_anew(tmp_path: Path) -> None:
+    work = study(tmp_path / "out", seeds=[0], search=None, rows={"soft_moa": smoke()["rows"]["soft_moa"]})
+    (job,) = work.jobs()[0]
+    work.folder.run(job, job_digest(work.spec, job, data=work.data)).mkdir(parents=True)
+    outcome = work.run(processes=1, threads=1, console=Console(quiet=True))
+    assert len(outcome.records) == 1 and not outcome.failed
+
+
+def test_a_rate_that_diverges_is_a_try_like_others(tmp_path: Path) -> None:
+    content = smoke(seeds=[0], rows={"soft_moa": smoke()["rows"]["soft_moa"]})
+    content["search"]["learning_rate"] = [1e38, 1e-3]
+    content["recipe"]["max_grad_norm"] = 0.0
+    work = Study(parse_study(content), roots=[SMOKE.parent], output=tmp_path / "out")
+    outcome = work.run(processes=2, threads=1, console=Console(quiet=True))
+    assert [record.learning_rate for record in outcome.records] == [1e-3] and not outcome.failed
+
+
+def test_folders_of_something_else_are_left_alone(finished: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="holds the study 'smoke', not 'other'"):
+        study(finished, name="other")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "thesis.tex").write_text("x")
+    with pytest.raises(UserError, match="thesis.tex"):
+        study(tmp_path / "out")
+
+
+def test_sets_without_training_rows_are_reported_apart(tmp_path: Path) -> None:
+    content = smoke(seeds=[0], search=None, rows={"soft_moa": smoke()["rows"]["soft_moa"]})
+    content["recipe"]["learning_rate"] = 1e-3
+    content["data"]["sums"] |= {"transfer": ["AddSub"], "scorings": ["nll"]}
+    work = Study(parse_study(content), roots=[SMOKE.parent], output=tmp_path / "out")
+    (record,) = work.run(processes=1, threads=1, console=Console(quiet=True)).records
+    assert {scores.task for scores in record.scores} >= {"AddSub (transfer)"}
+
+
 @pytest.mark.parametrize(
     ("row", "part"),
     [
@@ -182,7 +255,7 @@ def test_studies_are_checked(changes: dict[str, Any], part: str) -> None:
         ({"method": "lora", "moa": {"rank": -1}}, "rows.other"),
         ({"method": "lora", "moa": {"rank": 8}, "matched_to": "soft_moa"}, "parameter_tolerance"),
         ({"method": "lora", "recipe": {"learning_rat": 1}}, "learning_rat"),
-        ({"method": "lora", "recipe": {"data": {"validation_size": 0}}}, "validation_size"),
+        ({"method": "lora", "recipe": {"data": {"validation_size": 0}}}, "one budget"),
     ],
 )
 def test_rows_are_checked_before_anything_runs(tmp_path: Path, row: dict[str, Any], part: str) -> None:

@@ -66,6 +66,18 @@ def test_roles_of_a_fused_layer_become_one_expert():
         get_peft_model(tiny_model("phi3"), config)
 
 
+def test_routers_and_losses_need_an_expert_to_route():
+    experts = [{"type": "lora", "target": ["q", "v"], "routed": False}]
+    config = MoAConfig(experts=experts)
+    assert MoAConfig(**config.to_dict()).to_dict() == config.to_dict()
+    with pytest.raises(UserError, match=r"losses is .*every expert has 'routed': false.*Remove losses"):
+        MoAConfig(experts=experts, losses=[{"type": "balance", "coefficient": 5.0}])
+    for router in ({"type": "top_k", "k": 2}, {"type": "sigmoid", "threshold": "learned"}):
+        with pytest.raises(UserError, match=r"router is .*every expert has 'routed': false.*Remove router"):
+            MoAConfig(experts=experts, router=router)
+        MoAConfig(experts=[*experts, {"type": "parallel", "num": 2}], router=router)
+
+
 def test_round_trips():
     config = MoAConfig.sparse(rank=4, layers="0-1", task_type="CAUSAL_LM", modules_to_save=["lm_head"])
     for twin in (
@@ -175,6 +187,9 @@ def test_lora_preset_is_pefts_own():
         (lambda: MoAConfig.sparse(max_threshold="half"), "max_threshold is 'half'; it must be a number"),
         (lambda: MoAConfig.soft(targets=5), "targets is 5; it must be a list of names"),
         (lambda: MoAConfig.preset("lora", targets=[5]), r"targets is \[5\]; it must be a list of names"),
+        (lambda: MoAConfig.preset("lora", rank=0), "rank is 0; it must be an integer of at least 1"),
+        (lambda: MoAConfig.preset("lora", targets="all-linear", layers=[0]), "'all-linear' stands alone"),
+        (lambda: MoAConfig.preset("lora", targets=["all-linear", "q"]), "'all-linear' stands alone"),
         (lambda: MoAConfig.soft(router_input="raw"), "'normed', 'residual'"),
         (lambda: MoAConfig.soft(granularity="word"), "'token', 'sequence'"),
         (lambda: MoAConfig.soft(scope="module"), "'block'"),

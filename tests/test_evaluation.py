@@ -87,7 +87,11 @@ def test_legacy_reads_the_whole_text() -> None:
         ("The answer is 3.\nThe answer is 9.", "The answer is 3."),
         ("First 1.\n\nThen 2.\n\nThe answer is 3.\n\n7 more", "First 1.\n\nThen 2.\n\nThe answer is 3."),
         ("It is 3.\n### Instruction:\nAnother 8?", "It is 3."),
-        ("### Response:\n5", ""),
+        ("### Response:\n5", "### Response:\n5"),
+        ("### Step 1\n2 + 1 = 3\n### Answer\n3\n### Step 2\n5", "### Step 1\n2 + 1 = 3\n### Answer\n3"),
+        ("Sure!\n### Input values\nx = 3\n### Response\n4", "Sure!\n### Input values\nx = 3"),
+        ("Sure!\n\nQuestion: 2 + 1?\nAnswer: 3\n\nQuestion: 4 + 5?", "Sure!\n\nQuestion: 2 + 1?\nAnswer: 3"),
+        ("It is 3.\n### Inputs", "It is 3.\n### Inputs"),
         ("2 + 1 = 3\n#### 3", "2 + 1 = 3\n#### 3"),
         ("The answer is:\n\n**3**\nmore", "The answer is:\n\n**3**"),
         ("no end 3", "no end 3"),
@@ -97,6 +101,19 @@ def test_a_text_is_cut_where_the_answer_is_over(text: str, kept: str) -> None:
     assert cut_answer(text, NUMBER) == kept
     if kept != text:
         assert cut_answer(text + " and the answer is 99\n### x", NUMBER) == kept
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "### Step 1\n2 + 1 = 3\n### Answer:\n3 cats\n### Input:\n5\n### Response:\nThe answer is 9.",
+        "Sure!\n\nQuestion: 2 + 1?\nAnswer: 3\n\nQuestion: 4 + 5?\nAnswer: 9",
+        "The answer is 5. Wait, no: the answer is 7.\nNo, the answer is 8.\n### Instruction:\nAdd 4 and 5.",
+    ],
+)
+def test_what_is_cut_off_once_stays_cut_off(text: str) -> None:
+    cuts = {cut_answer(text[:end], NUMBER) for end in range(len(text)) if cut_answer(text[:end], NUMBER) != text[:end]}
+    assert cuts == {cut_answer(text, NUMBER)}
 
 
 def test_counts_follow_the_predictions() -> None:
@@ -245,7 +262,7 @@ def test_eval_writes_results_and_predictions(files: Path, tmp_path: Path, capsys
     assert "--overwrite" in message and "kind: 'adapter' -> 'base model'" in message
     assert json.loads((out / "results.json").read_text()) == results
     assert main([*again, "--overwrite"]) == 0
-    assert sorted(file.name for file in out.iterdir()) == ["results.json", "sums.generate.jsonl"]
+    assert sorted(file.name for file in out.iterdir()) == [".lock", "results.json", "sums.generate.jsonl"]
     assert json.loads((out / "results.json").read_text())["settings"]["kind"] == "base model"
 
 

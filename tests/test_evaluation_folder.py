@@ -155,16 +155,58 @@ def test_what_does_not_belong_together_is_refused(
 def test_a_retrained_adapter_is_noticed(files: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out, adapter = tmp_path / "out", tmp_path / "adapter"
     shutil.copytree(files / "adapter", adapter)
-    assert (
-        main(["eval", str(adapter), "--data", str(files / "AddSub.json"), "--output", str(out), "--limit", "1"]) == 0
-    )
+    words = ["eval", str(adapter), "--data", str(files / "AddSub.json"), "--output", str(out), "--limit", "1"]
+    assert main(words) == 0
     config = json.loads((adapter / "adapter_config.json").read_text())
     (adapter / "adapter_config.json").write_text(json.dumps(config | {"revision": "other"}))
     capsys.readouterr()
-    assert (
-        main(["eval", str(adapter), "--data", str(files / "AddSub.json"), "--output", str(out), "--limit", "1"]) == 2
-    )
-    assert "digest" in capsys.readouterr().err
+    assert main(words) == 2
+    assert "adapter_digest" in capsys.readouterr().err
+
+
+def test_another_base_is_noticed_and_another_path_is_none(
+    files: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base, out = tmp_path / "base", tmp_path / "out"
+    shutil.copytree(files / "base", base)
+    words = ["eval", "--data", str(files / "AddSub.json"), "--output", str(out), "--limit", "2", "--scoring", "nll"]
+    assert main([*words, f"{files / 'adapter'}", "--base", str(base)]) == 0
+    assert main([*words, f"{files / 'adapter'}/", "--base", f"{base}/"]) == 0
+    save_tiny(base, seed=5)
+    capsys.readouterr()
+    assert main([*words, str(files / "adapter"), "--base", str(base)]) == 2
+    assert "base_digest" in capsys.readouterr().err
+
+
+def test_predictions_of_unknown_origin_are_not_adopted(
+    files: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    assert evaluate(files, out) == 0
+    file = out / "AddSub.generate.jsonl"
+    (tmp_path / "results.json").write_text((out / "results.json").read_text())
+    (out / "results.json").unlink()
+    capsys.readouterr()
+    assert evaluate(files, out) == 2 and "whose they are" in capsys.readouterr().err
+    (out / "results.json").write_text((tmp_path / "results.json").read_text())
+    lines = file.read_text().splitlines()
+    foreign = json.loads(lines[0]) | {"index": 1000, "question": "mine", "correct": {"strict": True, "flexible": True}}
+    file.write_text("\n".join([*lines, json.dumps(foreign)]) + "\n")
+    assert evaluate(files, out) == 2 and "question 1000" in capsys.readouterr().err
+    # What a text says counts, not what the file says of it.
+    claimed = [json.loads(line) | {"correct": {"strict": True, "flexible": True}} for line in lines]
+    file.write_text("".join(json.dumps(line) + "\n" for line in claimed))
+    before = json.loads((tmp_path / "results.json").read_text())["sets"]
+    assert evaluate(files, out) == 0 and results(out)["sets"] == before
+
+
+def test_questions_longer_than_the_model_are_refused_by_every_scoring(
+    files: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _write(tmp_path / "long.json", [("1" * 600, "The answer is 1.", "1")])
+    for scoring in ("nll", "generate"):
+        assert main(["eval", str(files / "base"), "--data", str(tmp_path / "long.json"), "--scoring", scoring]) == 2
+        assert "positions" in capsys.readouterr().err
 
 
 def test_one_process_at_a_time(tmp_path: Path) -> None:

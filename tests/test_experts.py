@@ -87,6 +87,8 @@ def test_initial_weights(init: str):
         (LoraOptions, {"target": "q", "rslora": 1}, "rslora is 1"),
         (LoraOptions, {"target": "q", "num": 0}, "num is 0"),
         (LoraOptions, {"target": "q", "layers": "one"}, "layers is 'one'"),
+        (LoraOptions, {"target": "q", "layers": "0,5-3"}, "layers is '0,5-3', and its range '5-3' goes down"),
+        (LoraOptions, {"target": "q", "layers": "3-"}, "layers is '3-'; allowed"),
         (LoraOptions, {"target": "q", "layers": [-1]}, "layers is"),
         (LoraOptions, {"target": "q", "layers": []}, "layers is"),
         (LoraOptions, {"target": "q", "optional": "yes"}, "optional is 'yes'"),
@@ -100,6 +102,6 @@ def test_wrong_options_say_what_is_allowed(options: type, values: dict[str, obje
 
 
 def test_layers_can_be_written_as_ranges():
-    assert LoraOptions(target="q", layers="0-2,5").layer_indices() == {0, 1, 2, 5}
+    assert LoraOptions(target="q", layers="0-2, 5,7-7").layer_indices() == {0, 1, 2, 5, 7}
     assert LoraOptions(target="q", layers=[3, 1]).layer_indices() == {1, 3}
     assert LoraOptions(target="q").layer_indices() is None

@@ -123,7 +123,7 @@ def test_sparsity_vanishes_where_at_most_k_experts_are_kept():
     for k, bound in ((1, 1 - (2.0 - 1.8)), (2, 0.2)):
         for step, kept, above in ((1e-3, k, 0.0), (-1e-3, k + 1, 1e-3)):
             sparsity = torch.tensor([[bound + step]])
-            weights = sparsegen(logits, sparsity)
+            weights = sparsegen(logits, 1 - sparsity)
             assert int((weights > 0).sum()) == kept
             routing = Routing(weights=weights, scores=weights, logits=logits, sparsity=sparsity)
             assert value(loss("sparsity", k=k), routing).item() == pytest.approx(above, abs=1e-6)
@@ -254,6 +254,7 @@ FITTING = [
     ({"type": "balance", "normalised": True}, "sparsegen", {}),
     ({"type": "importance"}, "sigmoid", {}),
     ({"type": "z"}, "top_k", {"k": 20}),
+    ({"type": "balance"}, "top_k", {"k": 20}),
     ({"type": "entropy"}, "softmax", {"scaled": True}),
     ({"type": "entropy"}, "top_p", {}),
     ({"type": "sparsity"}, "sparsegen", {}),
@@ -262,7 +263,9 @@ REFUSED = [
     ({"type": "balance"}, "softmax", {}, "selects every expert"),
     ({"type": "balance"}, "sigmoid", {}, "selects every expert"),
     ({"type": "balance", "importance": "above_threshold"}, "top_k", {}, "has no threshold"),
+    ({"type": "balance"}, "top_p", {"p": 1.0}, "selects every expert"),
     ({"type": "entropy"}, "sigmoid", {}, "has scores that do not add up to 1"),
+    ({"type": "z"}, "sigmoid", {"threshold": "learned"}, "has scores that do not add up to 1"),
     ({"type": "sparsity"}, "top_k", {}, "predicts no sparsity"),
     ({"type": "importance"}, "constant", {}, "learns nothing"),
 ]
@@ -279,6 +282,21 @@ def test_losses_that_fit_a_router(entry, router, options):
 def test_losses_that_do_not_fit_a_router(entry, router, options, message):
     with pytest.raises(UserError, match=rf"losses.*{router}.*{message}"):
         check(entry, router, options)
+
+
+def test_a_balance_that_is_constant_in_every_mixture_is_refused():
+    """And where it is so in some, it is left in, with no gradient."""
+    check({"type": "balance"}, "top_k", {"k": 2}, num_experts=[2, 4])
+    check({"type": "balance", "load": "weights"}, "top_k", {"k": 2}, num_experts=[2])
+    with pytest.raises(UserError, match="'top_k' selects every expert"):
+        check({"type": "balance"}, "top_k", {"k": 2}, num_experts=[2])
+    logits = torch.randn(7, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64, requires_grad=True)
+    scores = logits.softmax(-1)
+    for normalised, expected in ((False, 2.0), (True, 1.0)):
+        found = value(loss("balance", normalised=normalised), Routing(weights=scores, scores=scores))
+        close(found, expected)
+        (gradient,) = torch.autograd.grad(found, logits, retain_graph=True)
+        assert gradient.abs().max() < 1e-15
 
 
 def test_sparsity_needs_more_than_k_experts():

@@ -69,7 +69,7 @@ def test_all_methods_are_there():
         *("lora", "molora", "hydralora", "moe_lora_topk", "adamole", "mixlora", "mola", "dynmole", "ld_mole", "comol"),
     }
     for method in METHODS.values():
-        assert method.formula.isascii() and method.source.startswith("arXiv ")
+        assert method.formula.isascii() and method.formula.startswith("out = ") and method.source.startswith("arXiv ")
         assert len((inspect.getdoc(method.build) or "").splitlines()[0]) > 20
 
 
@@ -126,6 +126,13 @@ def test_adding_a_method_changes_nothing_and_training_it_does(name: str):
 def test_lora_is_pefts_own():
     config = small("lora", layers="0-1,3", rank=4)
     assert isinstance(config, LoraConfig) and config.layers_to_transform == [0, 1, 3] and config.r == 4
+    config = small("lora", targets=["q_proj"])
+    assert config.target_modules == {"q_proj"} and config.exclude_modules is None
+    assert small("lora", targets=["q"], exclude_modules=["layers.0"]).exclude_modules == {"layers.0"}
+    config = small("lora", targets="all-linear")
+    assert config.target_modules == "all-linear"
+    model = get_peft_model(tiny_model("llama"), config)
+    assert "lora_A" in dict(model.get_base_model().model.layers[1].mlp.gate_proj.named_children())
 
 
 def test_gates_of_unipeft_are_one_per_kind():
@@ -323,6 +330,7 @@ def test_what_makes_no_sense_is_refused(make, words: str):
     [
         (lambda: small("molora", losses=[{"type": "balance", "coefficient": 0.1}]), "selects every expert"),
         (lambda: small("soft_moa", losses=[{"type": "entropy", "coefficient": 0.1}]), "do not add up to 1"),
+        (lambda: small("soft_moa", losses=[{"type": "z", "coefficient": 0.1}]), "do not add up to 1"),
         (lambda: small("mola", losses=[{"type": "sparsity", "coefficient": 0.1}]), "predicts no sparsity"),
         (lambda: small("naive_composition", losses=[{"type": "z", "coefficient": 0.1}]), "learns nothing"),
         (lambda: small("mola", balance_coefficient=-1.0), "coefficient is -1"),
@@ -340,6 +348,7 @@ def test_losses_that_do_not_fit_the_router_are_refused(make, words: str):
         (lambda: small("moe_lora_topk", top_k=9), "router.k is 9, but a mixture of this model has 8 experts"),
         (lambda: small("mola", top_k=3), "router.k is 3, but a mixture of this model has 2 experts"),
         (lambda: small("dynmole", num_experts=1), "has one expert"),
+        (lambda: small("moe_lora_topk", num_experts=2, balance_coefficient=0.1), "selects every expert"),
         (lambda: MoAConfig(experts=[{"type": "lora", "target": "q"}], scope="mlp"), "is not in the MLP"),
     ],
 )

@@ -1,5 +1,6 @@
 """What goes wrong only when methods meet models: fused layers, other dtypes, hooks, loaders, dropout."""
 
+import warnings
 from typing import Any
 
 import pytest
@@ -7,6 +8,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 
 from moa_peft import MoAConfig, moa_status, plain_path, record_routing
+from moa_peft.architectures import ROLES
 from moa_peft.auxiliary import read_losses
 from moa_peft.errors import UserError
 from moa_peft.layer import MoALayer
@@ -67,6 +69,43 @@ def test_two_entries_for_roles_of_one_fused_layer():
     model = get_peft_model(tiny_model("phi3"), MoAConfig(experts=experts, **CAUSAL))
     layer = next(module for module in model.modules() if isinstance(module, MoALayer))
     assert layer.mixtures["default"].mixtures["block"].num_columns == 2
+
+
+def lora_modules(model: Any) -> set[str]:
+    names = (name for name, _ in model.get_base_model().named_modules())
+    return {name.removesuffix(".lora_A") for name in names if name.endswith(".lora_A")}
+
+
+@pytest.mark.parametrize("targets", [TARGETS, list(ROLES)], ids=["default", "all"])
+@pytest.mark.parametrize("family", [family.name for family in FAMILIES])
+def test_lora_adapts_what_the_mixtures_adapt(family: str, targets: list[str]):
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*has no site for")
+        mixed = get_peft_model(tiny_model(family), MoAConfig.preset("hydralora", targets=targets, rank=2, **CAUSAL))
+    layers = [(n, m) for n, m in mixed.get_base_model().named_modules() if isinstance(m, MoALayer)]
+    expected = {
+        f"{name.removesuffix('.moa')}.{slot.modules[0]}"
+        for name, layer in layers
+        for slot in layer.mixtures["default"].slots
+    }
+    assert len(layers) == 2 and len(expected) >= 2 * 3
+    for blocks in (None, "1"):
+        config = MoAConfig.preset("lora", targets=targets, rank=2, layers=blocks, **CAUSAL)
+        wanted = {name for name in expected if blocks is None or f".{blocks}." in name}
+        with warnings.catch_warnings():
+            warnings.filterwarnings("error", message="You have passed exclude_modules")
+            found = lora_modules(get_peft_model(tiny_model(family), config))
+        if family == "qwen3_moe":
+            # PEFT takes the names of a dense MLP for those of the experts of all blocks, and adapts these instead.
+            assert "model.layers.0.mlp.experts" in found
+            found, wanted = ({name for name in names if ".mlp." not in name} for names in (found, wanted))
+        assert found == wanted
+
+
+def test_lora_takes_roles_and_modules():
+    model = get_peft_model(tiny_model("gpt2"), MoAConfig.preset("lora", targets=["o", "c_fc"], **CAUSAL))
+    parts = ("attn.c_proj", "mlp.c_fc")
+    assert lora_modules(model) == {f"transformer.h.{block}.{part}" for block in range(2) for part in parts}
 
 
 def _copy(module: torch.nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor]:
@@ -198,6 +237,9 @@ def test_experts_of_an_mlp_without_a_router():
     torch.testing.assert_close(fused, plain, atol=2e-5, rtol=1e-3)
 
 
+_SHARED_A = {"type": "hydra", "target": "q", "rank": 4, "num": 2}
+
+
 @pytest.mark.parametrize(
     ("config", "message"),
     [
@@ -219,6 +261,13 @@ def test_experts_of_an_mlp_without_a_router():
             "no MLP module",
         ),
         ({"experts": [{"type": "lora", "target": "q", "num": 2}], "scope": "mlp"}, "is not in the MLP"),
+        *(
+            (
+                {"experts": [_SHARED_A, other], "scope": "module", "router_input": "core"},
+                r"layers\.0\.q has 2 experts with an A of their own",
+            )
+            for other in (_SHARED_A | {"rank": 2}, _SHARED_A | {"type": "core"})
+        ),
     ],
 )
 def test_senseless_combinations_leave_the_model_as_it_was(config: dict[str, Any], message: str):

@@ -4,8 +4,10 @@ import json
 from pathlib import Path
 
 from moa_peft.methods import METHODS
-from studies.methods_page import PAGE, measured, page, trained
+from studies.methods_page import BELOW, PAGE, page, read_costs, trained
 from tests.test_counts import count_from_few_layers
+
+RESULTS = PAGE.parent / "results" / "methods"
 
 
 def test_the_page_is_up_to_date() -> None:
@@ -18,13 +20,33 @@ def test_every_method_has_a_row_and_a_section() -> None:
     for name, method in METHODS.items():
         row = next(line for line in text.splitlines() if line.startswith(f"| [`{name}`]"))
         cells = [cell.strip() for cell in row.strip("|").split(" | ")]
-        assert len(cells) == 7 and cells[1] == f"`{method.formula}`" and cells[4].split(", ") == list(method.knobs)
+        assert len(cells) == 9 and cells[1] == f"`{method.formula}`" and cells[4].split(", ") == list(method.knobs)
         assert f"\n### {name}\n" in text and f"(../recipes/small/{name}.yaml)" in text
     assert "METHODS" not in text
 
 
+def test_every_method_has_its_measured_cost_in_the_same_row() -> None:
+    text = PAGE.read_text(encoding="utf-8")
+    rows = {}
+    for name in ("step", "saved_bytes"):
+        content = json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
+        assert f"`{content['command']}`, [{name}.json](results/methods/{name}.json)" in text
+        rows |= {(row["method"], row["metric"]): row for row in content["rows"] if row["baseline"] == "base"}
+    for name in METHODS:
+        (line,) = [line for line in text.splitlines() if line.startswith(f"| [`{name}`]")]
+        cells = [cell.strip() for cell in line.strip("|").split(" | ")]
+        step, saved = rows[name, "step_seconds"], rows[name, "saved_bytes"]
+        spread = f"({step['ratio_q1']:.2f} to {step['ratio_q3']:.2f})"
+        measured = [f"{step['ratio']:.2f} {spread}", f"{saved['ratio']:.2f}"]
+        assert cells[7:] == ([BELOW, BELOW] if name == "lora" else measured)
+    # The preset's rank is another than the contender's, whose row says so.
+    assert METHODS["lora"].knobs["rank"] != rows["lora", "saved_bytes"]["settings"]["rank"] == 8
+    assert "| `lora_64_all` | PEFT LoRA of rank 64 on all seven linear layers of a block | 64 |" in text
+    assert text.count("\n| method | what it makes of the model |") == 1
+
+
 def _file(folder: Path, name: str, rows: list[dict[str, object]]) -> Path:
-    settings = {"batch": 4, "tokens": 256, "dtype": "float32", "device": "cpu"}
+    settings = {"batch": 4, "tokens": 256, "dtype": "float32", "device": "cpu", "rank": 8}
     common = {"model": "qwen3 6x1024", "settings": settings, "baseline": "base", "ratio_q1": None, "ratio_q3": None}
     content = {
         "command": "python -m benchmarks training_step",
@@ -37,20 +59,22 @@ def _file(folder: Path, name: str, rows: list[dict[str, object]]) -> Path:
 
 
 def test_measured_ratios_are_inserted(tmp_path: Path) -> None:
-    assert measured([]) == "Not measured yet.\n"
+    nothing = read_costs([])
+    assert nothing.of("molora") == ["-", "-"] and not nothing.sources
     steps = [
         {"method": "base", "metric": "step_seconds", "ratio": 1.0},
         {"method": "molora", "metric": "step_seconds", "ratio": 1.234, "ratio_q1": 1.2, "ratio_q3": 1.3},
         {"method": "molora", "metric": "step_seconds", "ratio": 9.0, "baseline": "lora"},
     ]
     saved = [{"method": "molora", "metric": "saved_bytes", "ratio": 0.951}]
-    text = measured([_file(tmp_path, "step.json", steps), _file(tmp_path, "saved.json", saved)])
-    assert "| molora | 1.23 (1.20 to 1.30) |" in text and "| base | 1.00 |" in text and "9.0" not in text
-    assert "| method | bytes saved for backward |" in text and "| molora | 0.95 |" in text
-    assert "a processor, 2 cores" in text and "(results/methods/step.json)" in text
-    assert measured([_file(tmp_path, "other.json", [{"method": "base", "metric": "other", "ratio": 1.0}])]) == (
-        "Not measured yet.\n"
-    )
+    other = [{"method": "hydralora", "metric": "other", "ratio": 1.0}]
+    files = [("step.json", steps), ("saved.json", saved), ("other.json", other)]
+    costs = read_costs([_file(tmp_path, name, rows) for name, rows in files])
+    assert costs.of("molora") == ["1.23 (1.20 to 1.30)", "0.95"] and costs.of("base") == ["1.00", "-"]
+    assert costs.names == ["base", "molora"] and costs.rank("molora") == "8" and costs.rank("base") == "-"
+    assert [source.split(":")[0] for source in costs.sources] == ["- step time", "- saved bytes"]
+    assert "4 x 256 tokens, float32, a processor, 2 cores" in costs.sources[0]
+    assert "(results/methods/step.json)" in costs.sources[0]
 
 
 def test_short_runs_are_shown_and_missing_ones_named() -> None:

@@ -1,9 +1,10 @@
-"""Soft and Sparse MoA against the outputs of the released reference implementation."""
+"""Soft and Sparse MoA against the outputs of the released reference implementation, and the command that does it."""
 
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from tests import parity
 
@@ -41,6 +42,41 @@ def test_files_are_there():
     assert len(FILES) == 10
 
 
-def test_files_that_cannot_be_compared_say_so(tmp_path, capsys):
-    assert parity.main([str(tmp_path / "none.safetensors")]) == 1
-    assert "no such file" in capsys.readouterr().out
+LAYER = DATA / "single_layers" / "adamole.safetensors"
+
+
+def test_one_command_compares_files_of_both_kinds(capsys):
+    assert parity.main([str(DATA / "llama_sparse.safetensors"), str(LAYER)]) == 0
+    shown = capsys.readouterr().out
+    assert all(word in shown for word in ("logits", "generated_batch", "y, fused", "gradients, plain", "balance loss"))
+
+
+def test_a_file_that_fails_does_not_hide_the_others(tmp_path, capsys):
+    wrong, damaged = tmp_path / "wrong.safetensors", tmp_path / "damaged.safetensors"
+    metadata, tensors = parity.load(LAYER)
+    save_file(dict(tensors) | {"y": tensors["y"] + 0.01}, str(wrong), metadata=dict(metadata))
+    damaged.write_bytes(LAYER.read_bytes()[:5000])
+    assert parity.main([str(tmp_path / "none.safetensors"), str(damaged), str(wrong), str(LAYER)]) == 1
+    shown = capsys.readouterr().out
+    assert "none.safetensors: there is no such file" in shown
+    assert "damaged.safetensors: no safetensors file, or a damaged one" in shown
+    assert shown.count("y, fused") == 2
+
+
+@pytest.mark.parametrize(
+    ("metadata", "without", "message"),
+    [
+        ({}, "logits", "it holds no 'logits'"),
+        ({}, "base.model.norm.weight", "the base weights do not fit: missing .*model.norm.weight"),
+        ({}, "adapter.layers.1.threshold.bias", "it does not hold every tensor of the adapter"),
+        ({"config": '{"hidden_size": 64, "num_attention_heads": 4}'}, "", "the base weights do not fit: .*size"),
+        ({"variant": None}, "", "it holds no 'variant'"),
+    ],
+)
+def test_a_damaged_whole_model_says_so(metadata, without, message, tmp_path):
+    said, tensors = parity.load(DATA / "llama_sparse.safetensors")
+    said = {key: value for key, value in (said | metadata).items() if value is not None}
+    tensors.pop(without, None)
+    save_file(dict(tensors), str(tmp_path / "file.safetensors"), metadata=said)
+    with pytest.raises(ValueError, match=f"(?s){message}"):
+        parity.compare(tmp_path / "file.safetensors")

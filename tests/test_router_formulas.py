@@ -12,7 +12,7 @@ from moa_peft.errors import UserError
 from moa_peft.routers import ROUTERS
 from moa_peft.routers.adamole import below_largest, threshold_weights
 from moa_peft.routers.probabilities import keep, normalise, softmax
-from moa_peft.routers.sparsegen import sparsegen
+from moa_peft.routers.sparsegen import SparsityNetwork, sparsegen
 from moa_peft.routers.top_k import top_k_mask
 from tests.router_kinds import EXPERTS, WIDTH, build, hidden, route
 
@@ -120,11 +120,33 @@ def test_sparsegen_is_the_projection_that_it_is_defined_as():
     generator = torch.Generator().manual_seed(0)
     u = torch.randn(300, 6, generator=generator, dtype=torch.float64)
     lam = 0.99 - 4 * torch.rand(300, 1, generator=generator, dtype=torch.float64) ** 2
-    weights = sparsegen(u, lam)
+    weights = sparsegen(u, 1 - lam)
     torch.testing.assert_close(weights, projection(u, lam), atol=1e-9, rtol=0)
     assert {int(n) for n in (weights > 0).sum(-1)} >= {1, 2, 3, 6}
-    assert torch.equal(sparsegen(u, torch.full_like(lam, 1 - 1e-9)) > 0.5, u == u.amax(-1, keepdim=True))
-    torch.testing.assert_close(sparsegen(u, torch.full_like(lam, -1e9)), torch.full_like(u, 1 / 6))
+    assert torch.equal(sparsegen(u, torch.full_like(lam, 1e-9)) > 0.5, u == u.amax(-1, keepdim=True))
+    torch.testing.assert_close(sparsegen(u, torch.full_like(lam, 1e9)), torch.full_like(u, 1 / 6))
+
+
+def test_sparsegen_is_as_exact_where_lambda_is_near_one():
+    """1 - lambda goes to epsilon there; taken from a rounded lambda it would be off by many float32 roundings."""
+    made = build("sparsegen", 6, epsilon=1e-3)
+    generator = torch.Generator().manual_seed(0)
+    u, f = 1e-3 * torch.randn(500, 6, generator=generator), 8 + 4 * torch.rand(500, 1, generator=generator)
+    made.share(_Predicts(WIDTH, f))
+    exact = sparsegen(u.double(), 1e-3 + F.softplus(-f.double()))
+    assert ((exact > 0).sum(-1) > 1).float().mean() > 0.3
+    torch.testing.assert_close(made.route([u, f]).weights.double(), exact, atol=1e-6, rtol=0)
+
+
+class _Predicts(SparsityNetwork):
+    """A network with a given output."""
+
+    def __init__(self, width: int, output: torch.Tensor) -> None:
+        super().__init__(width, 4)
+        self.output = output
+
+    def forward(self, product: torch.Tensor) -> torch.Tensor:
+        return self.output
 
 
 def test_sparsegen_predicts_lambda_with_the_shared_network():
@@ -134,7 +156,7 @@ def test_sparsegen_predicts_lambda_with_the_shared_network():
     f = torch.relu(z @ network.w1.weight.T + network.w1.bias) @ network.w2.weight.T + network.w2.bias
     routing = made(z)
     torch.testing.assert_close(routing.sparsity, 0.99 + F.logsigmoid(f), atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(routing.weights, sparsegen(z @ made.head.linear.weight.T, routing.sparsity))
+    torch.testing.assert_close(routing.weights, sparsegen(z @ made.head.linear.weight.T, 1 - routing.sparsity))
     network.reset_parameters("identity")
     assert {b.item() for b in (*network.w1.bias, network.w2.bias)} == {-2.5}
     assert network.w1.weight.abs().max() <= WIDTH**-0.5 and network.w2.weight.abs().max() <= 256**-0.5
@@ -176,7 +198,7 @@ def above_threshold(u: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
 GRADIENTS = {
     "top_k": (top_2, [(8, 6)]),
     "adamole": (above_threshold, [(8, 6), (8, 1)]),
-    "sparsegen": (lambda u, f: sparsegen(u, 0.99 + F.logsigmoid(f)), [(8, 6), (8, 1)]),
+    "sparsegen": (lambda u, f: sparsegen(u, 0.01 + F.softplus(-f)), [(8, 6), (8, 1)]),
     "shannon": (lambda u: tsallis_entropy(softmax(u)), [(8, 6)]),
     "tsallis": (lambda u: tsallis_entropy(softmax(u), 1.1), [(8, 6)]),
     "tsallis_half": (lambda u: tsallis_entropy(softmax(u), 0.5, normalised=False), [(8, 6)]),

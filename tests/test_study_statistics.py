@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from moa_peft.errors import UserError
-from moa_peft.study.records import ItemScores, RunRecord, averaged_tasks
+from moa_peft.study.records import RunRecord, averaged_tasks
 from moa_peft.study.statistics import (
     PairedDifference,
     holm,
@@ -16,36 +16,7 @@ from moa_peft.study.statistics import (
     paired_difference,
     verdict,
 )
-
-
-def make_run(scores, *, row="moa", seed=1, measure="nll", **fields):
-    """A record with made-up costs; `scores` is task -> values, with items named by position."""
-    return RunRecord(
-        **{
-            "row": row,
-            "data": "MetaMath",
-            "seed": seed,
-            "method": "soft_moa",
-            "learning_rate": 3e-4,
-            "steps": 200,
-            "tokens": 51_200,
-            "rows_seen": 800,
-            "trainable_parameters": 1_234_567,
-            "peak_memory_bytes": 3 * 2**30,
-            "step_seconds": 0.75,
-            "validation_loss": 0.61,
-            "scores": tuple(
-                ItemScores(
-                    task=task,
-                    measure=measure,
-                    items=tuple(f"{task}-{index}" for index in range(len(values))),
-                    values=tuple(float(value) for value in values),
-                )
-                for task, values in scores.items()
-            ),
-            **fields,
-        }
-    )
+from tests.study_records import make_run
 
 
 def test_macro_average_gives_every_task_the_same_weight():
@@ -111,26 +82,6 @@ def test_several_tasks_and_seeds():
     assert result != paired_difference(rows, baselines, measure="nll", tasks=list(sizes), seed=1)
     swapped = paired_difference(baselines, rows, measure="nll", tasks=list(sizes))
     assert swapped.difference == pytest.approx(-result.difference)
-
-
-def test_no_difference_at_all_is_not_resolved():
-    for seeds in ([1], [1, 2, 3]):
-        runs = [make_run({"AddSub": [0.1, 0.7, 0.3]}, seed=seed) for seed in seeds]
-        result = paired_difference(runs, runs, measure="nll", tasks=["AddSub"])
-        assert (result.difference, result.low, result.high, result.p_value) == (0, 0, 0, 1)
-        assert verdict(result, lower_is_better=True, margin=0.5) == "not resolved"
-
-
-def test_a_constant_difference_has_no_spread_to_judge_by():
-    row = make_run({"AddSub": [0.1 + 0.3, 0.2 + 0.3, 0.7 + 0.3]})
-    base = make_run({"AddSub": [0.1, 0.2, 0.7]})
-    result = paired_difference([row], [base], measure="nll", tasks=["AddSub"])
-    assert result.low == result.high == pytest.approx(0.3)
-    assert result.p_value == 1
-    single = paired_difference(
-        [make_run({"AddSub": [0.4]})], [make_run({"AddSub": [0.1]})], measure="nll", tasks=["AddSub"]
-    )
-    assert single.p_value == 1
 
 
 def test_what_does_not_pair_is_refused():
@@ -220,34 +171,44 @@ def interval(low, high):
         difference=(low + high) / 2,
         low=low,
         high=high,
-        p_value=0.5,
+        p_value=0.001,
         num_items=10,
         num_seeds=3,
         seeds_resampled=True,
+        identical=False,
     )
 
 
 @pytest.mark.parametrize(
-    ("low", "high", "lower_is_better", "margin", "expected"),
+    ("low", "high", "p_adjusted", "lower_is_better", "margin", "expected"),
     [
-        (-0.3, -0.1, True, None, "better"),
-        (-0.3, -0.1, False, None, "worse"),
-        (0.1, 0.3, True, None, "worse"),
-        (0.1, 0.3, False, 0.5, "better"),
-        (-0.1, 0.1, True, None, "not resolved"),
-        (-0.1, 0.1, True, 0.2, "equivalent"),
-        (-0.1, 0.1, True, 0.1, "not resolved"),
-        (-0.1, 0.3, False, 0.2, "not resolved"),
-        (0.0, 0.1, False, None, "not resolved"),
+        (-0.3, -0.1, 0.01, True, None, "better"),
+        (-0.3, -0.1, 0.01, False, None, "worse"),
+        (0.1, 0.3, 0.01, True, None, "worse"),
+        (0.1, 0.3, 0.01, False, 0.2, "better"),
+        # Inside the margin nothing matters, whether 0 is excluded or not.
+        (0.1, 0.3, 0.01, False, 0.5, "equivalent"),
+        (-0.004, -0.001, 0.01, True, 0.01, "equivalent"),
+        (-0.004, -0.001, 0.9, True, 0.01, "equivalent"),
+        (-0.01, -0.001, 0.01, True, 0.01, "better"),
+        # Holm's p decides as well.
+        (-0.3, -0.1, 0.05, True, None, "not resolved"),
+        (0.1, 0.3, 0.08, True, 0.2, "not resolved"),
+        (-0.1, 0.1, 0.01, True, None, "not resolved"),
+        (-0.1, 0.1, 0.9, True, 0.2, "equivalent"),
+        (-0.1, 0.1, 0.9, True, 0.1, "not resolved"),
+        (-0.1, 0.3, 0.9, False, 0.2, "not resolved"),
+        (0.0, 0.1, 0.01, False, None, "not resolved"),
     ],
 )
-def test_verdict(low, high, lower_is_better, margin, expected):
-    assert verdict(interval(low, high), lower_is_better=lower_is_better, margin=margin) == expected
+def test_verdict(low, high, p_adjusted, lower_is_better, margin, expected):
+    found = verdict(interval(low, high), p_adjusted=p_adjusted, lower_is_better=lower_is_better, margin=margin)
+    assert found == expected
 
 
 def test_verdict_refuses_a_margin_of_zero():
     with pytest.raises(UserError, match="margin is 0"):
-        verdict(interval(-1, 1), lower_is_better=True, margin=0)
+        verdict(interval(-1, 1), p_adjusted=0.5, lower_is_better=True, margin=0)
 
 
 def test_holm():
@@ -265,6 +226,13 @@ def test_twins_stay_out_of_the_average():
     assert averaged_tasks([parts], measure="nll") == ("AddSub", "MultiArith (rest)")
     assert averaged_tasks([run("MultiArith", "SVAMP")], measure="nll") == ("MultiArith", "SVAMP")
     assert averaged_tasks([parts], measure="accuracy") == ()
+
+
+def test_transfer_sets_and_their_parts_stay_out_of_the_average():
+    run = make_run(
+        {name: [0.5] for name in ("AddSub", "piqa (transfer)", "SVAMP (transfer)", "SVAMP (transfer) (rest)")}
+    )
+    assert averaged_tasks([run], measure="nll") == ("AddSub",)
 
 
 def test_records_survive_json():

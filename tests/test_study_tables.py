@@ -1,75 +1,20 @@
-"""Tables, pictures and files of a study, from made-up runs."""
+"""Tables of a study, from made-up runs."""
 
 import csv
 import io
-import json
 import re
-import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
 from rich.console import Console
 
 from moa_peft.errors import UserError
-from moa_peft.study.budgets import check_budgets
-from moa_peft.study.plot import plot_accuracy_over_parameters
-from moa_peft.study.records import ItemScores, MissingRun, RunRecord
-from moa_peft.study.report import write_report
+from moa_peft.study.records import MissingRun
 from moa_peft.study.statistics import holm, macro_average, paired_difference
 from moa_peft.study.table_formats import Column, StudyTable, to_csv, to_latex, to_markdown, to_rich
 from moa_peft.study.tables import Question, overview_tables, study_tables
-
-TASKS = {"AddSub": 30, "SVAMP": 50, "MultiArith": 20, "MultiArith (twins)": 8, "MultiArith (rest)": 12}
-AVERAGED = ("AddSub", "SVAMP", "MultiArith (rest)")
-# row -> method, trainable parameters, change of nll against the first row
-ROWS = {
-    "lora": ("lora", 1_000_000, 0.0),
-    "soft_moa & prompt": ("soft_moa", 2_000_000, -0.2),
-    "soft_moa": ("soft_moa", 2_000_000, -0.001),
-    "mixlora": ("mixlora", 40_000_000, 0.15),
-}
-QUESTION = Question(baseline="lora", primary="nll", lower_is_better=True, margin=0.05)
-MISSING = (
-    MissingRun(row="mixlora", data="MetaMath", seed=3, reason="out of memory"),
-    MissingRun(row="hydralora", data="MetaMath", seed=1),
-)
-
-
-def make_records(data="MetaMath", *, seeds=(1, 2, 3)):
-    generator = np.random.default_rng(8)
-    base = {task: generator.gamma(2.0, 0.4, size=size) for task, size in TASKS.items()}
-    records = []
-    for row, (method, parameters, change) in ROWS.items():
-        for seed in seeds:
-            if (row, data, seed) == ("mixlora", "MetaMath", 3):
-                continue
-            scores = []
-            for task, values in base.items():
-                items = tuple(f"{task}-{index}" for index in range(len(values)))
-                nll = values + change + 0.01 * generator.normal() + 0.02 * generator.normal(size=len(values))
-                right = generator.random(len(values)) < np.exp(-nll)
-                scores.append(ItemScores(task=task, measure="nll", items=items, values=tuple(map(float, nll))))
-                scores.append(
-                    ItemScores(task=task, measure="accuracy_strict", items=items, values=tuple(map(float, right)))
-                )
-            records.append(
-                RunRecord(
-                    row=row,
-                    data=data,
-                    seed=seed,
-                    method=method,
-                    learning_rate=3e-4,
-                    steps=100,
-                    tokens=50_000,
-                    rows_seen=400,
-                    trainable_parameters=parameters,
-                    peak_memory_bytes=2**31 + seed,
-                    step_seconds=0.5 + seed / 10 + parameters / 1e8,
-                    validation_loss=None,
-                    scores=tuple(scores),
-                )
-            )
-    return records
+from tests.study_records import AVERAGED, MISSING, QUESTION, ROWS, TASKS, make_records, with_scores
 
 
 @pytest.fixture(scope="module")
@@ -119,7 +64,9 @@ def test_numbers_of_the_first_table_are_those_of_the_statistics(tables, records)
         assert (row["difference"], row["low"], row["high"]) == (difference.difference, difference.low, difference.high)
         assert (row["p_value"], row["p_holm"]) == (difference.p_value, p_holm)
     assert rows["lora"]["difference"] is None
-    assert [row["verdict"] for row in rows.values()] == ["baseline", "better", "equivalent", "worse", None]
+    # mixlora's interval of two seeds excludes 0, but not its adjusted p.
+    assert rows["mixlora"]["low"] > 0 and rows["mixlora"]["p_value"] < 0.05 < rows["mixlora"]["p_holm"]
+    assert [row["verdict"] for row in rows.values()] == ["baseline", "better", "equivalent", "not resolved", None]
     assert rows["soft_moa"]["peak_memory_bytes"] == 2**31 + 3
     assert rows["soft_moa"]["step_seconds"] == pytest.approx(0.5 + 0.2 + 0.02)
 
@@ -133,6 +80,7 @@ def test_missing_runs_are_marked_and_listed(tables):
     assert "- Missing: mixlora, seed 3 (out of memory)." in text
     assert "- Missing: hydralora, seed 1 (not finished)." in text
     assert "- Not in the average: MultiArith, MultiArith (twins)." in text
+    assert "- accuracy_strict: average over the same sets as nll." in text
     assert "mixlora: the difference is over the seeds that both rows have (1, 2)" in text
 
 
@@ -140,7 +88,12 @@ def test_a_measure_other_than_the_primary_has_no_margin_and_its_own_direction(ta
     table = next(table for table in tables if table.title == "MetaMath: accuracy_strict, average over tasks")
     assert "accuracy_strict (higher is better)" in table.notes[0]
     assert not any("margin" in note for note in table.notes)
-    assert "(the margin)" in " ".join(tables[0].notes)
+    assert "Better, worse: the interval excludes 0 and p (Holm) is below 0.05. Not resolved: everything else." in (
+        table.notes
+    )
+    assert "Equivalent: the interval is within \u00b1 0.0500 (the margin). Better, worse: it is not, the interval" in (
+        " ".join(tables[0].notes)
+    )
     means = [row["mean"] for row in table.rows if row["mean"] is not None]
     best = [row["mean"] for row in table.rows if table.is_best(row, table.columns[2])]
     assert best == [max(means)]
@@ -160,9 +113,44 @@ def test_data_without_the_baseline_or_the_measure_says_so(records):
     assert all(row["difference"] is None for row in table.rows)
     unscored = Question(baseline="lora", primary="accuracy", lower_is_better=False)
     table = study_tables(records, unscored)[0]
-    assert table.notes[0] == "No finished run on this data was scored by accuracy."
+    assert table.notes[0] == (
+        "No finished run on this data was scored by accuracy on a question set that an average covers."
+    )
     with pytest.raises(UserError, match="baseline is 'dora'.*Rows: lora, soft_moa"):
         study_tables(records, Question(baseline="dora", primary="nll", lower_is_better=True))
+
+
+def test_the_notes_name_transfer_sets_and_what_each_measure_averages(records):
+    more = with_scores(records, task="piqa (transfer)", measure="accuracy", like="AddSub")
+    more = with_scores(more, task="arc_easy", measure="accuracy_flexible", like="SVAMP")
+    (table, *details) = study_tables(more, QUESTION)
+    notes = "\n".join(table.notes)
+    assert "average over AddSub, SVAMP, MultiArith (rest), each task counting the same." in notes
+    assert "accuracy_strict: average over the same sets as nll.\n" in notes
+    assert "accuracy_flexible: average over arc_easy.\n" in notes
+    assert (
+        "Not in the average: MultiArith, MultiArith (twins), piqa (transfer; no training rows of its kind)." in notes
+    )
+    titles = [column.title for column in table.columns]
+    assert "accuracy strict %" in titles and "accuracy flexible %" in titles and "accuracy %" not in titles
+    assert "MetaMath: accuracy, piqa (transfer)" in [detail.title for detail in details]
+
+
+def test_a_row_equal_to_the_baseline_is_named(records):
+    twin = [replace(run, row="same") for run in records if run.row == "lora"]
+    table = study_tables([*records, *twin], QUESTION)[0]
+    assert "Equivalent, with the same value as lora at every question and seed: same." in table.notes
+    assert table.rows[-1]["verdict"] == "equivalent"
+
+
+def test_long_reasons_are_shortened():
+    reason = "RuntimeError:  the allocation\nfailed " + "because of a long list of tensors, " * 20
+    missing = MissingRun(row="mixlora", data="MetaMath", seed=3, reason=reason)
+    table = study_tables(make_records(), QUESTION, missing=[missing])[0]
+    (note,) = [note for note in table.notes if note.startswith("Missing")]
+    shown = note.partition("(")[2].removesuffix(").")
+    assert shown.startswith("RuntimeError: the allocation failed because of") and shown.endswith("...")
+    assert 110 < len(shown) <= 120
 
 
 def test_a_run_given_twice_is_refused(records):
@@ -260,117 +248,30 @@ def test_the_terminal_table_fits_and_names_what_it_leaves_out(tables, width):
         assert "equivale" in text
 
 
+def test_a_narrow_terminal_keeps_long_names_parameters_and_the_first_accuracy(records):
+    names = {"soft_moa": "soft_moa_shifted_r16", "mixlora": "mixlora_8_experts_k2"}
+    renamed = [replace(run, row=names.get(run.row, run.row)) for run in records]
+    renamed = with_scores(renamed, task="AddSub", measure="accuracy_flexible", like="AddSub")
+    stream = io.StringIO()
+    console = Console(width=100, file=stream, color_system=None)
+    rendered = to_rich(overview_tables(renamed, QUESTION)[0])
+    console.print(rendered)
+    lines = stream.getvalue().splitlines()
+    assert [str(column.header).split() for column in rendered.columns] == [
+        ["row"],
+        ["parameters"],
+        ["nll"],
+        ["difference", "[95%]"],
+        ["verdict"],
+        ["accuracy", "strict", "%"],
+    ]
+    assert max(map(len, lines)) <= 100
+    for name in names.values():
+        assert len(name) == 20 and any(line.startswith(f"{name} ") for line in lines)
+
+
 def test_the_terminal_table_shows_brackets_of_names():
     stream = io.StringIO()
     console = Console(width=100, file=stream, color_system=None)
     console.print(to_rich(odd_table()))
     assert "[a] 50%" in stream.getvalue()
-
-
-def report(folder, records, **changes):
-    settings = {
-        "study_name": "Mixtures on math",
-        "question": QUESTION,
-        "missing": MISSING,
-        "folder": folder,
-        "provenance": {"command": "moa compare study.yaml", "versions": {"moa-peft": "0"}},
-        "introduction": "Does the prompt help?",
-        "notes": {"soft_moa": "without the prompt"},
-        "budget_mismatches": check_budgets(records, matched={"soft_moa": "lora"}, tolerance=0.05),
-    }
-    return write_report(records, **{**settings, **changes})
-
-
-def test_the_report_is_complete_and_the_same_every_time(tmp_path, records):
-    first = report(tmp_path / "new" / "first", records)
-    assert [path.name for path in first] == [
-        "table.md",
-        "table.csv",
-        "table.tex",
-        "results.json",
-        "accuracy.png",
-        "accuracy.svg",
-    ]
-    assert sorted(path.name for path in (tmp_path / "new" / "first").iterdir()) == sorted(path.name for path in first)
-    for one, two in zip(first, report(tmp_path / "second", records), strict=True):
-        assert one.read_bytes() == two.read_bytes(), one.name
-    results = json.loads(first[3].read_text())
-    assert results["seeds"] == [1, 2, 3]
-    assert results["command"] == "moa compare study.yaml"
-    assert results["missing"][0] == {"row": "mixlora", "data": "MetaMath", "seed": 3, "reason": "out of memory"}
-    assert len(results["runs"]) == len(records)
-    scores = results["runs"][0]["scores"][0]
-    assert scores.keys() == {"task", "measure", "items", "mean"}
-    assert scores["mean"] == pytest.approx(np.mean(records[0].scores[0].values))
-    assert results["tables"][0]["rows"][1]["verdict"] == "better"
-    assert "MetaMath: trainable parameters differ: 2,000,000 (soft_moa); 1,000,000 (lora)" in first[0].read_text()
-    assert "\n\nDoes the prompt help?\n\n- soft_moa: without the prompt\n\n" in first[0].read_text()
-    assert results["question"]["margin"] == 0.05
-    assert results["budget_mismatches"][0]["quantity"] == "trainable parameters"
-    assert "AddSub-7" not in first[3].read_text()
-
-
-def test_a_study_without_accuracy_has_no_picture(tmp_path, records):
-    plain = [
-        RunRecord.from_dict(
-            {**r.to_dict(), "scores": [s for s in r.to_dict()["scores"] if s["measure"] == "nll"]}, source="-"
-        )
-        for r in records
-    ]
-    names = [path.name for path in report(tmp_path, plain, missing=())]
-    assert names == ["table.md", "table.csv", "table.tex", "results.json"]
-
-
-def test_a_missing_library_is_told_before_anything_is_written(tmp_path, records, monkeypatch):
-    monkeypatch.setitem(sys.modules, "matplotlib", None)
-    with pytest.raises(UserError, match=r"pip install 'moa-peft\[plot\]'"):
-        report(tmp_path / "folder", records)
-    assert not (tmp_path / "folder").exists()
-
-
-def drawn_labels(monkeypatch, records, path):
-    """The boxes of the names in a drawn panel, and of its frame, in pixels."""
-    from matplotlib.figure import Figure
-
-    kept = []
-    monkeypatch.setattr(Figure, "savefig", lambda figure, file, **_: (kept.append(figure), file.write_bytes(b"x")))
-    plot_accuracy_over_parameters(records, path, measure="accuracy_strict")
-    (figure,) = kept
-    (panel,) = figure.axes
-    renderer = figure.canvas.get_renderer()
-    return {text.get_text(): text.get_window_extent(renderer) for text in panel.texts}, panel
-
-
-def test_names_in_the_picture_do_not_overlap(tmp_path, records, monkeypatch):
-    crowd = [RunRecord.from_dict({**r.to_dict(), "row": f"{r.row}, again"}, source="-") for r in records]
-    boxes, panel = drawn_labels(monkeypatch, [*records, *crowd], tmp_path / "a.png")
-    assert len(boxes) == 2 * len(ROWS)
-    frame = panel.get_window_extent()
-    names = list(boxes)
-    for index, name in enumerate(names):
-        box = boxes[name]
-        assert frame.x0 <= box.x0 and box.x1 <= frame.x1 and frame.y0 <= box.y0 and box.y1 <= frame.y1
-        assert not any(box.overlaps(boxes[other]) for other in names[index + 1 :])
-
-
-def test_rows_of_equal_parameters_are_drawn_side_by_side(tmp_path, records, monkeypatch):
-    _, panel = drawn_labels(monkeypatch, records, tmp_path / "a.png")
-    drawn = sorted(line.get_xdata()[0] for line in panel.lines if line.get_marker() in "os^D")
-    assert drawn[0] == 1_000_000 and drawn[-1] == 40_000_000
-    assert drawn[1] < 2_000_000 < drawn[2] and drawn[1] * drawn[2] == pytest.approx(2_000_000**2)
-    assert "side by side" in panel.get_xlabel()
-
-
-def test_a_row_without_parameters_is_a_line(tmp_path, records, monkeypatch):
-    content = [{**record.to_dict(), "trainable_parameters": 0} for record in records if record.row == "soft_moa"]
-    base = [RunRecord.from_dict({**fields, "row": "base"}, source="-") for fields in content]
-    boxes, panel = drawn_labels(monkeypatch, [*records, *base], tmp_path / "a.png")
-    assert len(boxes) == 5
-    assert [line for line in panel.lines if line.get_linestyle() == "--"]
-
-
-def test_a_picture_of_an_unknown_kind_or_measure_is_refused(tmp_path, records):
-    with pytest.raises(UserError, match=r"written as \.png or \.svg"):
-        plot_accuracy_over_parameters(records, tmp_path / "a.pdf", measure="accuracy_strict")
-    with pytest.raises(UserError, match="no run was scored by it"):
-        plot_accuracy_over_parameters(records, tmp_path / "a.png", measure="accuracy")

@@ -25,6 +25,8 @@ from accelerate.state import GradientState
 from torch import nn
 
 from moa_peft.losses import Loss, Reduce, loss_values
+from moa_peft.pooling import SequenceRouting
+from moa_peft.routers import Router
 from moa_peft.routing import Routing
 
 Scale = float | torch.Tensor
@@ -157,6 +159,14 @@ class _Attached:
     losses: tuple[Loss, ...]
     reduce: Reduce
     num_routers: int = 1
+    router: Router | None = None
+
+    @property
+    def teach(self) -> bool:
+        """Whether the losses can teach the router. They reach more than it, so a frozen one would teach others."""
+        # A wrapper that flattens parameters leaves none to ask.
+        parameters = [] if self.router is None else self.router.all_parameters()
+        return not parameters or any(parameter.requires_grad for parameter in parameters)
 
 
 class Auxiliary:
@@ -190,7 +200,9 @@ class Auxiliary:
         training: bool,
         attachment: Attachment | None = None,
     ) -> Routing:
-        """The routing of one forward with the losses of its router, in training.
+        """The routing of one forward with the losses of its router, in training and where the router is trained.
+
+        A sequence with one routing counts once, however many tokens it has.
 
         Args:
             adapter_name: whose mixture it is.
@@ -201,8 +213,10 @@ class Auxiliary:
             attachment: see `add_loss`.
         """
         found = self._attached.get(adapter_name, {}).get(mixture_name)
-        if found is None or not training:
+        if found is None or not training or not found.teach:
             return routing
+        if isinstance(routing, SequenceRouting):
+            tokens = routing.first
 
         def log(loss_name: str, value: torch.Tensor) -> None:
             self.log.add(adapter_name, mixture_name, loss_name, value)
@@ -243,17 +257,27 @@ def _default_scale() -> float:
 
 def auxiliaries(model: nn.Module) -> list[Auxiliary]:
     """The auxiliary losses of every layer of a model, wrapped or not, that has some."""
-    found = (getattr(module, "auxiliary", None) for module in model.modules())
-    return [auxiliary for auxiliary in found if isinstance(auxiliary, Auxiliary) and auxiliary.names()]
+    return [layer.auxiliary for layer in _layers(model)]
+
+
+def _layers(model: nn.Module) -> list[Any]:
+    found = [module for module in model.modules() if isinstance(getattr(module, "auxiliary", None), Auxiliary)]
+    return [layer for layer in found if layer.auxiliary.names()]  # type: ignore[union-attr, operator]
 
 
 def count_routers(model: nn.Module, adapter_name: str) -> None:
-    """Tell every layer how many routers with losses an adapter has in the model, for means over them."""
-    layers = [layer._attached[adapter_name] for layer in auxiliaries(model) if adapter_name in layer]
-    total = sum(len(mixtures) for mixtures in layers)
-    for mixtures in layers:
+    """Tell the losses of an adapter whose they are, and how many routers with losses it has, for means over them.
+
+    Args:
+        model: the model.
+        adapter_name: the adapter; the ``routers`` of a layer with its losses returns its routers by mixture.
+    """
+    layers = [layer for layer in _layers(model) if adapter_name in layer.auxiliary]
+    total = sum(len(layer.auxiliary._attached[adapter_name]) for layer in layers)
+    for layer in layers:
+        mixtures, routers = layer.auxiliary._attached[adapter_name], layer.routers(adapter_name)
         for name, entry in mixtures.items():
-            mixtures[name] = replace(entry, num_routers=total)
+            mixtures[name] = replace(entry, num_routers=total, router=routers[name])
 
 
 @contextmanager

@@ -5,6 +5,7 @@ A model reference is the word `packaged` (the Gemma 3 270M of the `quickstart` e
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -16,6 +17,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 PACKAGED = "packaged"
+_DIGEST_PIECES = 64
+_DIGEST_PIECE_BYTES = 2**16
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 Quantization = Literal["none", "8bit", "4bit"]
@@ -138,6 +141,26 @@ def load_model(
         return AutoModelForCausalLM.from_pretrained(source, trust_remote_code=trust_remote_code, **options)
     except (OSError, ValueError, ImportError) as error:
         raise _load_error("weights", reference, error) from error
+
+
+def weights_digest(folder: str | Path) -> str:
+    """SHA-256 over a model folder's configuration and samples of its weights, to notice that a model has changed.
+
+    Of every weight file its size, its header and 64 pieces of 64 KiB count: the whole of a small model, and a moment's
+    reading of a large one.
+    """
+    digest = hashlib.sha256()
+    path = Path(folder).expanduser()
+    for file in sorted([path / "config.json", *path.glob("*.safetensors"), *path.glob("*.bin")]):
+        if not file.is_file():
+            continue
+        size = file.stat().st_size
+        digest.update(f"{file.name} {size}\n".encode())
+        with file.open("rb") as stream:
+            for piece in range(_DIGEST_PIECES):
+                stream.seek(max(0, piece * (size - _DIGEST_PIECE_BYTES) // (_DIGEST_PIECES - 1)))
+                digest.update(stream.read(_DIGEST_PIECE_BYTES))
+    return digest.hexdigest()
 
 
 def _quantization_config(quantization: Quantization, dtype: torch.dtype) -> Any:

@@ -23,6 +23,9 @@ from moa_peft.version import __version__
 MOA_FORMAT = 2
 """Version of the adapter files; raised when older code could no longer read them rightly."""
 
+DEFAULT_ROUTER = "sigmoid"
+"""Type of the router of a configuration that names none."""
+
 Scope = Literal["block", "module", "mlp"]
 RouterInput = Literal["normed", "residual", "input", "core"]
 Granularity = Literal["token", "sequence"]
@@ -104,7 +107,7 @@ class MoAConfig(PeftConfig):
         check_choice("aux_reduce", self.aux_reduce, ("local", "global"))
         check_choice("init", self.init, INITS)
         self._settle_experts()
-        self.router = dict(self.router or {"type": "sigmoid"})
+        self.router = dict(self.router or {"type": DEFAULT_ROUTER})
         self.router = {"type": self.router.get("type")} | asdict(self.router_options())
         self._check_combination()
         losses = parse_losses(self.losses)
@@ -121,6 +124,8 @@ class MoAConfig(PeftConfig):
                 "scope 'block'."
             )
         routed = [(kind, entry) for kind, entry in zip(self.expert_types, self.expert_options()) if entry.routed]
+        if not routed:
+            self._check_unrouted()
         if self.scope != "block" and any(EXPERTS[kind].site_kind == "attention" for kind, _ in routed):
             raise UserError(
                 f"scope is {self.scope!r}, and the prompt expert is no linear layer and in no MLP. Use scope 'block', "
@@ -134,6 +139,15 @@ class MoAConfig(PeftConfig):
         for kind, entry in routed:
             if entry.group is not None and EXPERTS[kind].holds_copies:
                 raise UserError(f"group is {entry.group!r} on a {kind!r} expert, whose copies have a weight each.")
+
+    def _check_unrouted(self) -> None:
+        """Refuse what would make or teach routings where there are none."""
+        nothing = "every expert has 'routed': false, so that there is nothing to route"
+        if self.losses:
+            raise UserError(f"losses is {self.losses!r}, and {nothing}. Remove losses, or route an expert.")
+        # Of a saved configuration the default router is written out.
+        if self.router != {"type": DEFAULT_ROUTER} | asdict(ROUTERS[DEFAULT_ROUTER].Options()):
+            raise UserError(f"router is {self.router!r}, and {nothing}. Remove router, or route an expert.")
 
     def _check_types(self) -> None:
         for name in ("router", "architecture"):

@@ -27,6 +27,18 @@ def wilson_interval(successes: int, trials: int) -> Interval:
     return Interval(low=float(interval.low), high=float(interval.high))
 
 
+def upper_limit(successes: int, trials: int) -> float:
+    """One-sided upper 95 % limit of a share (Clopper and Pearson, Biometrika 26, 1934).
+
+    Without a success it is 1 - 0.05^(1 / trials), about 3 / trials: the rule of three.
+
+    Raises:
+        UserError: scipy is not installed.
+    """
+    test = _import_stats().binomtest(successes, trials, alternative="less")
+    return float(test.proportion_ci(confidence_level=0.95, method="exact").high)
+
+
 _RESAMPLES = 10_000
 
 

@@ -102,8 +102,15 @@ def _check_mixtures(config: MoAConfig, plan: Mapping[str, tuple[Slot, ...]]) -> 
     sizes = {}
     for block, slots in plan.items():
         for name, mixture in mixtures_of(slots).items():
-            if name != UNROUTED:
-                sizes[f"{block}.{name}"] = mixture.num_columns
+            if name == UNROUTED:
+                continue
+            sizes[f"{block}.{name}"] = mixture.num_columns
+            if config.router_input == "core" and len(mixture.slots) > 1:
+                raise UserError(
+                    f"router_input is 'core', and {block}.{name} has {len(mixture.slots)} experts with an A of their "
+                    f"own ({', '.join(mixture.expert_names)}), of which a router could read one. Give the site one "
+                    "'core' or 'hydra' entry (its num copies share an A), or use router_input 'input'."
+                )
     for name, size in sizes.items():
         if size == 1 and ROUTERS[kind].scores_are_probabilities:
             raise UserError(

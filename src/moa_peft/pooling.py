@@ -11,7 +11,7 @@ In generation the prompt's routing lives on the key-value cache and follows its 
 
 import functools
 import inspect
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -31,6 +31,17 @@ PROMPT_MASK = "prompt_mask"
 
 
 @dataclass(frozen=True)
+class SequenceRouting(Routing):
+    """The routings of sequences, repeated for each of their tokens.
+
+    Attributes:
+        first: ``[B, T, 1]`` bool, one token of each sequence.
+    """
+
+    first: torch.Tensor = field(kw_only=True)
+
+
+@dataclass(frozen=True)
 class Pooling:
     """What the blocks of one forward pool over.
 
@@ -44,13 +55,16 @@ class Pooling:
 
     def matrix(self, dtype: torch.dtype) -> torch.Tensor:
         """``[B, S, T]`` weights that average the prompt tokens of each of S segments."""
+        members = self._members()
+        return (members / members.sum(-1, keepdim=True).clamp(min=1)).to(dtype)
+
+    def _members(self) -> torch.Tensor:
+        """``[B, S, T]`` bool, which prompt tokens belong to each of S segments."""
         assert self.prompt is not None
         if self.segments is None:
-            members = self.prompt[:, None]
-        else:
-            numbers = torch.arange(int(self.segments.max()) + 1, device=self.segments.device)
-            members = (self.segments[:, None] == numbers[:, None]) & self.prompt[:, None]
-        return (members / members.sum(-1, keepdim=True).clamp(min=1)).to(dtype)
+            return self.prompt[:, None]
+        numbers = torch.arange(int(self.segments.max()) + 1, device=self.segments.device)
+        return (self.segments[:, None] == numbers[:, None]) & self.prompt[:, None]
 
     def spread(self, routing: Routing, tokens: int) -> Routing:
         """``[B, S, E]`` routings of segments as ``[B, T, E]`` routings of their tokens."""
@@ -61,7 +75,11 @@ class Pooling:
             index = self.segments[..., None].expand(-1, -1, values.shape[-1])
             return values.gather(1, index)
 
-        return routing.map(one)
+        spread = routing.map(one)
+        if self.prompt is None:
+            return spread
+        members = self._members()
+        return SequenceRouting(**vars(spread), first=(members & (members.cumsum(-1) == 1)).any(1)[..., None])
 
 
 def prompt_mask(labels: torch.Tensor, attention_mask: torch.Tensor | None = None) -> torch.Tensor:

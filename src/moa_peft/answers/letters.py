@@ -1,18 +1,18 @@
 """The letter of a multiple-choice answer, such as AQuA's (A) to (E).
 
 A capital letter alone proves nothing: "A" is also a word and the mark before an answer ("A: ..."), "B" a train or a
-point. `strict` reads the first statement of an answer, `flexible` falls back on the last letter that stands as an
-option: "(C)", "C.", "option C".
+point. `strict` reads the first statement of an answer ("the answer is C", "C is correct"), `flexible` falls back on
+the last letter that stands as an option: "(C)", "C.", "option C".
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
-from functools import lru_cache
+from functools import lru_cache, partial
 
 from moa_peft.answers.latex import plain_latex
-from moa_peft.answers.mentions import Mention, counted
+from moa_peft.answers.mentions import JUDGED_RIGHT, Mention, counted, judged_right
 from moa_peft.answers.statements import own_answer, stated_parts, without_format_lines
 
 # "A because ..." is a letter, "A number ..." the article.
@@ -30,15 +30,22 @@ def extract_letter(text: str, *, choices: Sequence[str], flexible: bool) -> str 
     Returns:
         The letter, or None: there is none, or the text denies it, lists several, or only repeats the choices.
     """
-    text = plain_latex(own_answer(text))
+    read = partial(_read, choices=tuple(choices))
+    text = own_answer(text, holds_answer=lambda piece: read(piece, flexible=True) is not None)
+    return read(text, flexible=flexible)
+
+
+def _read(text: str, *, choices: tuple[str, ...], flexible: bool) -> str | None:
+    text = plain_latex(text)
     for part in stated_parts(text):
-        mentions = counted(list(_mentions(part, tuple(choices), stated=True)), part, choices=choices)
+        mentions = counted(list(_mentions(part, choices, stated=True)), part, choices=choices)
         if mentions:
             return mentions[0].choice
-    if not flexible:
-        return None
     text = without_format_lines(text)
-    mentions = counted(list(_mentions(text, tuple(choices), stated=False)), text, choices=choices)
+    mentions = counted(list(_mentions(text, choices, stated=False)), text, choices=choices)
+    judged = judged_right(mentions, text)
+    if judged is not None or not flexible:
+        return judged
     return mentions[-1].choice if mentions else None
 
 
@@ -55,9 +62,9 @@ def _pattern(choices: tuple[str, ...], stated: bool) -> re.Pattern[str]:
     """The places where a letter is an option; in a statement also where it stands first or after "or"."""
     letters = "".join(map(re.escape, choices))
     upper, any_case = f"[{letters}]", f"[{letters}{letters.lower()}]"
-    # The letter is not the article, and no word, possessive, initial or formula goes on after it.
+    # The letter is not the article, and no word, possessive, initial or formula goes on after it; "**" is Markdown.
     article = rf"(?<=A)\s+(?!(?:{_AFTER_LETTER})\b)[a-z]"
-    whole = rf"(?![\w']|\.\w|\s*[+*/^<>\u00d7])(?!{article})"
+    whole = rf"(?![\w']|\.\w|\s*(?:\*(?!\*)|</?(?![a-z/])|[+/^>\u00d7]))(?!{article})"
     end = rf"(?![:]|\s*=){whole}"
     # Bounded, because a long run of blanks that is tried from every line would cost its square.
     opened, marks = r"[(\[\"'*_`{$<]*", r"[ \t*_`\"'$]{0,20}"
@@ -68,11 +75,14 @@ def _pattern(choices: tuple[str, ...], stated: bool) -> re.Pattern[str]:
         rf"\b(?i:option|choice)\s+(?P<small_named>{any_case})(?=[.,:)]|\s+is\b|$)",
         rf"^[>#]{{0,6}}{marks}(?:A:[ \t]{{0,9}})?[*_`\"'$]{{0,4}}(?P<line>{upper})[.!)]{{0,3}}{marks}$",
         rf"^[ \t*_]*(?P<item>{upper})\)(?=\s|$)",
-        # Not a temperature: "30 C.", "30 \u00b0C."
-        rf"(?<![\w.'\u00b0/+*=-])(?<![0-9\u00b0][ ])(?P<dotted>{upper})(?=\.(?:[\s*_`\"')]|$))",
+        rf"^[ \t*_]*(?P<reasoned>{upper})[*_]*,?[ \t]+(?:because|since)\b",
+        # Not a temperature ("30 C.", "30 \u00b0C.") and not the last of a list ("Eliminate A, B and D.").
+        rf"(?<![\w.'\u00b0/+*=-])(?<![0-9\u00b0][ ])(?<!{upper},[ ])(?<!{upper}[ ]and[ ])(?<!,[ ]and[ ])"
+        rf"(?P<dotted>{upper})(?=\.(?:[\s*_`\"')]|$))",
         rf"(?:\b(?i:choose|chose|picks?|picked|selects?|selected|is|be|so|therefore|thus|hence)[,:]?\s+"
         rf"|'s\s+|(?:=>|->|\u2192|\u2234)\s*){opened}(?P<cued>{upper}){end}",
-        rf"(?<![\w'])(?P<judged>{upper})(?=[)*_`\"']*\s+is\s+(?:the\s+)?(?:correct|right|best|answer)\b)",
+        rf"(?<![\w'])(?P<judged>{upper})(?={JUDGED_RIGHT.pattern})",
+        rf"(?<![\w'])(?P<kept>{upper})(?=[ ](?:fits|remains|works|is[ ]left)(?:[.,;!]|\s*$))",
     ]
     if stated:
         places = [

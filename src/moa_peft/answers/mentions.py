@@ -22,6 +22,11 @@ _DENIED_AFTER = re.compile(
     r"|(?:is|are|was|were|ca|could|would|wo|does|do)n't\b|cannot\b|(?:can|could|would|does|do)\s+not\b)",
     re.IGNORECASE,
 )
+# The label of the right choice stands before this: "(C) is correct".
+JUDGED_RIGHT = re.compile(r"[)\]*_`\"']*\s{1,8}(?:is|must\s+be)\s+(?:the\s+)?(?:correct|right|best|answer)\b")
+_CONDITION = re.compile(
+    r"\b(?:if|whether|that|why|how)\s+(?:(?:the|option|choice|answer)\s+){0,2}[(\[\"'*_`]*\Z", re.IGNORECASE
+)
 _CLOSING = r"[)\]\"'*_`]*\s*"
 _OPENING = r"\s*(?:(?:the|either|option|choice|answer|solution)\s+)*[(\[\"'*_`]*"
 _COMMA = re.compile(rf"{_CLOSING},{_OPENING}")
@@ -57,8 +62,25 @@ def counted(mentions: Sequence[Mention], text: str, *, choices: Sequence[str]) -
     """
     kept = [mention for mention in mentions if not _DENIED_AFTER.match(text, mention.end)]
     denied = {m for m in kept if _DENIED_BEFORE.search(text, max(0, m.start - _LOOK_BACK), m.start)}
-    dropped = denied | _alternatives(kept, text) | _headings(kept, text) | _echoes(kept, text, choices)
-    return [mention for mention in kept if mention not in dropped]
+    open_mentions = [mention for mention in kept if mention not in denied]
+    dropped = _alternatives(kept, text) | _headings(kept, text) | _echoes(open_mentions, text, choices)
+    return [mention for mention in open_mentions if mention not in dropped]
+
+
+def judged_right(mentions: Sequence[Mention], text: str) -> str | None:
+    """The choice of which a text says that it is right ("answer3 is correct"); None for none or several.
+
+    Args:
+        mentions: those that choose, in the order of the text.
+        text: where they stand.
+    """
+    judged = {
+        mention.choice
+        for mention in mentions
+        if JUDGED_RIGHT.match(text, mention.end)
+        and not _CONDITION.search(text, max(0, mention.start - _LOOK_BACK), mention.start)
+    }
+    return judged.pop() if len(judged) == 1 else None
 
 
 def _alternatives(mentions: list[Mention], text: str) -> set[Mention]:

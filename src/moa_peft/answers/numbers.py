@@ -6,11 +6,12 @@ of an answer and nothing else, `flexible` falls back on the last number of the t
 
 import math
 import re
-import unicodedata
 from typing import Literal
 
-from moa_peft.answers.latex import HARD_LATEX, latex_value, plain_latex
+from moa_peft.answers.latex import HARD_LATEX, latex_value
+from moa_peft.answers.spelling import join_groups, plain_numbers
 from moa_peft.answers.statements import own_answer, stated_parts
+from moa_peft.answers.words import SCALES, first_number_in_words
 from moa_peft.errors import UserError
 
 ExtractionMode = Literal["strict", "flexible"]
@@ -18,20 +19,21 @@ ExtractionMode = Literal["strict", "flexible"]
 # A minus is a sign only where no operand stands directly before it: "-3" and "(-3)", but not "10-3" or "10 - 3".
 # Apart from its number it is a sign only after "=", "(", ":" or "is".
 _MINUS = r"(?:(?<![0-9A-Za-z)\]}])-(?=[$\u20ac\u00a3.0-9])|(?:(?<=[=(:])|(?<=[=(:][ ])|(?<=\bis[ ]))-[ ](?=[$.0-9]))"
-_WHOLE = r"(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)"
+# "1,234,567", "12,34,567" as in India, or digits alone.
+_WHOLE = r"(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]{1,2}(?:,[0-9]{2}){1,6},[0-9]{3}(?![0-9,])|[0-9]+)"
 _NUMBER = re.compile(
     rf"""
     (?P<sign>{_MINUS})? (?:[$\u20ac\u00a3](?P<inner_sign>-?))?
     (?:
         (?<![A-Za-z0-9/]) (?:(?P<mixed>[0-9]+)[ ]+)? (?P<top>{_WHOLE})/(?P<bottom>{_WHOLE})(?![0-9/])
       | (?<![A-Za-z]) (?P<decimal>{_WHOLE}(?:\.[0-9]+)?(?:[eE][+-]?[0-9]+)?)
-            (?:[ ](?P<scale>thousand|million|billion|trillion)\b)?
+            (?:[ ](?P<scale>hundred|thousand|million|billion|trillion)\b|(?P<letter>[kKMB])(?![\w/]))?
       | (?<![A-Za-z0-9]) (?P<point>\.[0-9]+)
     )
     """,
     re.VERBOSE,
 )
-_SCALES = {"thousand": 1e3, "million": 1e6, "billion": 1e9, "trillion": 1e12}
+_SCALES = SCALES | {"k": 1e3, "K": 1e3, "M": 1e6, "B": 1e9}
 # What makes the first number of a statement a part of a calculation: "5 apples + 3 apples = 8 apples".
 _OPERATOR_AFTER = re.compile(
     r"\s*(?:\^|\\(?:times|cdot|div)|[/x]\s*[0-9($\\]|(?:[+*\u00d7\u00f7]\s*|-\s+)(?:[0-9($\\]|[a-z]\b))"
@@ -40,6 +42,23 @@ _OPERATOR_AFTER = re.compile(
     r"|-\$?[0-9][0-9.,]*\s?="
 )
 _OPERATOR_BEFORE = re.compile(r"(?:\b[a-z]\s*[-+*/^\u00d7\u00f7]|[)\]]\s*[+*/^\u00d7\u00f7])\s*\Z")
+# A statement that ends in a number gives it as its result behind "=", and in a clause behind "is" or "have".
+_ENDS = re.compile(r"[ %]*(?:[A-Za-z/][A-Za-z/ ]{0,60})?[ .!*_`$)\]}]*\Z")
+_GIVES = re.compile(
+    r"(?:=|\b(?:is|are|was|were|be|equals?|has|have|had|gives?|makes?|costs?|gets?|needs?))"
+    r"(?:\s(?:about|only|exactly))?\s*\Z"
+)
+# Behind these words another thought begins: "6 pieces, or 6 * 2.5 = 15 ounces", "5 because 2 + 3 = 5".
+_BREAK = re.compile(
+    r"[;:]|,(?!\s?\$?[0-9])|\band\b(?!\s\$?[0-9])"
+    r"|\b(?:or|but|because|since|as|so|when|while|if|which|where|who|that|than|after|before|given)\b"
+    r"|\b(?:he|she|it|they|there)\b"
+)
+# "5 arms and 3 legs, or 8 limbs in total"
+_RESTATES = re.compile(r"\b(?:or|so|making)\s*\Z")
+_IN_TOTAL = re.compile(r"\b(?:in\s(?:total|all)|altogether)[ .!]*\Z")
+_CURRENCY = re.compile("[$\u20ac\u00a3]")
+_CLAUSE = re.compile(r"[A-Za-z]+\s+[A-Za-z]+")
 _UNIT_AFTER = re.compile(r"\s+[A-Za-z][A-Za-z ]*\Z")
 _SUM = re.compile(r"\b(?:sum|difference|product|quotient)\b", re.IGNORECASE)
 _RESULT = re.compile(r"=|\bequals\b|\bis\s+equal\s+to\b|\bwhich\s+(?:is|gives|makes)\b", re.IGNORECASE)
@@ -50,38 +69,23 @@ _NO_NUMBER = re.compile(
     re.IGNORECASE,
 )
 _LEADING_MINUS = re.compile(r"\A-\s+(?=[$.0-9])")
-_NEGATED = re.compile(r"\bnot\s+(?:equal\s+to\s+)?\Z", re.IGNORECASE)
+_NEGATED = re.compile(r"\b(?:not|neither|nor|never)\s+(?:equal\s+to\s+)?\Z", re.IGNORECASE)
 _MATH = re.compile(r"\\boxed\s*\{((?:[^{}]|\{(?:[^{}]|\{[^{}]*\})*\})*)\}|\$([^$\n]{1,200})\$")
-
-_ABBREVIATION = re.compile(r"\b(?:Rs|No|approx|ca|about)\.\s*", re.IGNORECASE)
-_OPERATOR_WORDS = (
-    (re.compile(r"(?<=[0-9])\s+plus\s+(?=[$0-9])"), " + "),
-    (re.compile(r"(?<=[0-9])\s+minus\s+(?=[$0-9])"), " - "),
-    (re.compile(r"(?<=[0-9])\s+times\s+(?=[$0-9])"), " * "),
-    (re.compile(r"(?<=[0-9])\s+divided\s+by\s+(?=[$0-9])"), " / "),
-    (re.compile(r"\bnegative\s+(?=[$.0-9])", re.IGNORECASE), "-"),
-    (re.compile(r"(?:(?<=\bis )|(?<==)|(?<== ))minus\s+(?=[$.0-9])", re.IGNORECASE), "-"),
-)
-_CHARACTERS = str.maketrans(
-    {"\u2212": "-", "\u2013": "-", "\ufe63": "-", "\uff0d": "-", "\u2044": "/", "\ufe69": "$", "\uff04": "$"}
-)
-_NARROW_SPACE = re.compile(r"(?<=[0-9])[\u00a0\u202f\u2009](?=[0-9]{3}(?![0-9]))")
-_SUPERSCRIPT = re.compile("(?<=[0-9)])[\u00b2\u00b3]")
-_VULGAR_FRACTION = re.compile("[\u00bc-\u00be\u2150-\u215e]")
 
 
 def extract_number(text: str, *, mode: ExtractionMode) -> float | None:
     r"""Read the numeric answer out of a generated text.
 
     Understood are signs, thousands separators, decimals, fractions ("1/2", "1 1/2", "\frac{1}{2}"), a currency
-    sign, a percent sign (50% is 50), units, Markdown and LaTeX around the number. In "the answer is 3 + 4 = 7" and
-    "the answer is 3 + 4" the number is the result, 7. Questions that the text adds after its answer are not read.
+    sign, a percent sign (50% is 50), "1.5M", "3 x 10^8", units, Markdown and LaTeX around the number, and in a
+    statement also words ("twelve"). In "the answer is 3 + 4 = 7" and "the answer is 3 + 4" the number is the result,
+    7; in "the answer is that 3 friends have 12" it is 12. Questions that the text adds after its answer are not read.
 
     Args:
         text: What the model wrote.
         mode: `strict` reads the first statement that holds a number ("the answer is 12", "Answer: 12", "#### 12",
-            "\boxed{12}"), up to the end of its sentence; without one, there is no answer. `flexible` then takes the
-            last number of the text.
+            "\boxed{12}") and is not taken back, up to the end of its sentence; without one, there is no answer.
+            `flexible` then takes the last number of the text.
 
     Returns:
         The number, or None where there is none (or none that is finite).
@@ -92,12 +96,8 @@ def extract_number(text: str, *, mode: ExtractionMode) -> float | None:
     """
     if mode not in ("strict", "flexible"):
         raise UserError(f"mode is {mode!r}; allowed are 'strict' and 'flexible'.")
-    text = _plain(own_answer(text))
-    for part in stated_parts(text):
-        stated = _stated_number(part)
-        if stated is not None:
-            return stated
-    return None if mode == "strict" else _last_number(text)
+    text = own_answer(text, holds_answer=lambda piece: _read(piece, mode="flexible") is not None)
+    return _read(text, mode=mode)
 
 
 def numbers_match(predicted: float | None, gold: float, *, tolerance: float = 1e-3) -> bool:
@@ -105,27 +105,32 @@ def numbers_match(predicted: float | None, gold: float, *, tolerance: float = 1e
     return predicted is not None and abs(predicted - gold) <= tolerance
 
 
-def _plain(text: str) -> str:
-    """The text in the spelling that the patterns read."""
-    text = _NARROW_SPACE.sub("", text.translate(_CHARACTERS)).replace("\u00a0", " ").replace("\u202f", " ")
-    text = _VULGAR_FRACTION.sub(
-        lambda match: " " + unicodedata.normalize("NFKC", match[0]).replace("\u2044", "/"), text
-    )
-    text = _SUPERSCRIPT.sub(lambda match: "^2" if match[0] == "\u00b2" else "^3", text)
-    text = _ABBREVIATION.sub(" ", plain_latex(text))
-    for words, sign in _OPERATOR_WORDS:
-        text = words.sub(sign, text)
-    return text
+def _read(text: str, *, mode: ExtractionMode) -> float | None:
+    text = plain_numbers(text)
+    for part in stated_parts(text):
+        stated = _stated_number(part)
+        if stated is not None:
+            return stated
+    return None if mode == "strict" else _last_number(text)
 
 
 def _stated_number(part: str) -> float | None:
-    part = _LEADING_MINUS.sub("-", part)
-    first = next((m for m in _NUMBER.finditer(part) if not _NEGATED.search(part, 0, m.start())), None)
+    part = join_groups(_LEADING_MINUS.sub("-", part))
+    numbers = [m for m in _NUMBER.finditer(part) if not _NEGATED.search(part, 0, m.start())]
+    first = numbers[0] if numbers else None
     hard = HARD_LATEX.search(part)
     if hard and (first is None or "=" not in part[hard.start() :]):
         return latex_value(_expression(part))
+    in_words = first_number_in_words(part)
+    if in_words is not None:
+        value, place = in_words
+        # "twelve, because 3 * 4 = 12"
+        if first is None or (place.start() == 0 and _BREAK.search(part[place.end() : first.end()])):
+            return None if _NO_NUMBER.search(part, 0, place.start()) else value
     if first is None or _NO_NUMBER.search(part, 0, first.start()):
         return None
+    if _ends_in_result(part, first, numbers[-1]):
+        return _value(numbers[-1])
     rest = part[first.end() :]
     operator = _OPERATOR_AFTER.match(rest) or _OPERATOR_BEFORE.search(part, 0, first.start())
     if not operator and not _SUM.search(part, 0, first.start()):
@@ -135,6 +140,22 @@ def _stated_number(part: str) -> float | None:
     if result is not None:
         return _value(result)
     return latex_value(_UNIT_AFTER.sub("", _expression(part))) if operator else None
+
+
+def _ends_in_result(part: str, first: re.Match[str], last: re.Match[str]) -> bool:
+    """Whether a statement gives its last number as its result: "6 groups of 6 = 36", "3 friends have 12"."""
+    between = part[first.end() : last.start()]
+    if last is first or not _ENDS.match(part, last.end()):
+        return False
+    if _RESTATES.search(between) and _IN_TOTAL.search(part, last.end()):
+        return True
+    if _BREAK.search(between):
+        return False
+    if _GIVES.search(between):
+        return True
+    # "John pays for 5 books $20"
+    amount = _CURRENCY.search(last[0]) and not _CURRENCY.search(first[0])
+    return bool(amount and _CLAUSE.search(part, 0, first.start()))
 
 
 def _last_number(text: str) -> float | None:
@@ -167,7 +188,7 @@ def _value(match: re.Match[str]) -> float | None:
         value = float(match["mixed"] or 0) + _float(match["top"]) / bottom
     else:
         value = _float(match["decimal"] or match["point"])
-    value *= _SCALES.get(match["scale"], 1)
+    value *= _SCALES.get(match["scale"] or match["letter"], 1)
     if match["sign"] or match["inner_sign"]:
         value = -value
     return value if math.isfinite(value) else None

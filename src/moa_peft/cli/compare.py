@@ -79,8 +79,8 @@ def compare(
         f"{spec.name}: {len(everything)} runs; {len(waiting)} jobs can start now.", highlight=False, markup=False
     )
     if dry_run:
-        for job in waiting:
-            typer.echo(job.name)
+        for name in work.missing_names():
+            typer.echo(name)
         return
     outcome = work.run(
         processes=processes,

@@ -149,7 +149,7 @@ def evaluate(
         if folder is not None:
             about_sets = {questions.name: _about_set(questions) for questions in sets}
             about_sets |= {} if code is None else code.about()
-            folder.open(about, sets=about_sets, overwrite=overwrite)
+            folder.open(about, sets=about_sets, command=_command(), overwrite=overwrite)
         _score(loaded, sets, settings, folder=folder, title=model, console=console)
         if code is not None:
             scores = score_code_tasks(loaded, code, folder=folder, batch_size=batch_size, console=console)
@@ -158,7 +158,7 @@ def evaluate(
             options = {"include_path": include_path, "num_fewshot": num_fewshot, "limit": limit}
             _score_harness(loaded, harness_tasks, folder=folder, batch_size=batch_size, console=console, **options)
         if folder is not None:
-            folder.write(command=_command(), complete=True)
+            folder.write(complete=True)
             console.print(f"Saved in {output}.", highlight=False, markup=False)
 
 
@@ -179,7 +179,7 @@ def _load(model: str, *, base: str | None, **options: Any) -> tuple[LoadedAdapte
 
     from moa_peft.adapter_loading import LoadedAdapter, load_adapter
     from moa_peft.base_models import load_model, load_tokenizer
-    from moa_peft.evaluation.folder import folder_digest
+    from moa_peft.evaluation.digests import adapter_digest, base_digest
 
     path = Path(model).expanduser()
     if (path / "adapter_config.json").is_file():
@@ -194,7 +194,14 @@ def _load(model: str, *, base: str | None, **options: Any) -> tuple[LoadedAdapte
         loaded = LoadedAdapter(model=plain.eval(), tokenizer=tokenizer, template=None)
         kind = "base model"
     stored = str(next(loaded.model.parameters()).dtype).removeprefix("torch.")
-    about = {"model": model, "kind": kind, "digest": folder_digest(path), "base": base, "dtype": stored}
+    about = {
+        "model": model,
+        "kind": kind,
+        "adapter_digest": adapter_digest(path),
+        "base": base,
+        "base_digest": base_digest(loaded.model),
+        "dtype": stored,
+    }
     return loaded, {**about, "quantization": options["quantization"], "decoding": "greedy"}
 
 
@@ -225,9 +232,8 @@ def _score(
 
     def save() -> None:
         if folder is not None:
-            folder.write(command=_command(), complete=False)
+            folder.write(complete=False)
 
-    save()
     results = score_sets(
         loaded.model, loaded.tokenizer, sets, settings, folder=folder, console=console, after_set=save
     )

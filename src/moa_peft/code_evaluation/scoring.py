@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import importlib
 from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 from rich.console import Console
 from rich.progress import Progress
 
@@ -18,9 +16,7 @@ from moa_peft.code_evaluation.pass_at_k import mean_pass_at_k, pass_at_k
 from moa_peft.code_evaluation.problems import CodeProblem
 from moa_peft.code_evaluation.sandbox import MEMORY_MIB, TIMEOUT_S, Outcome, check_sandbox, run_program
 from moa_peft.errors import UserError
-from moa_peft.intervals import Interval, require_scipy
-
-_BOOTSTRAP_SEED = 0
+from moa_peft.intervals import Interval, mean_interval, require_scipy, wilson_interval
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,7 +25,8 @@ class PassAtK:
 
     Attributes:
         value: the mean over problems.
-        interval: its 95 % percentile bootstrap interval over problems, or None for a single problem.
+        interval: its 95 % bootstrap interval over problems (`mean_interval`); Wilson's where the estimates of all
+            problems are 0 or all are 1; None for a single problem.
     """
 
     value: float
@@ -170,14 +167,10 @@ def _check_samples(
 def _interval(correct: Sequence[Sequence[bool]], k: int) -> Interval | None:
     if len(correct) < 2:
         return None
-    stats: Any = importlib.import_module("scipy.stats")
-    shares = np.array([pass_at_k(len(samples), sum(samples), k) for samples in correct])
-    if np.all(shares == shares[0]):
-        return Interval(low=float(shares[0]), high=float(shares[0]))
-    found = stats.bootstrap(
-        (shares,), np.mean, confidence_level=0.95, method="percentile", random_state=_BOOTSTRAP_SEED
-    ).confidence_interval
-    return Interval(low=float(found.low), high=float(found.high))
+    shares = [pass_at_k(len(samples), sum(samples), k) for samples in correct]
+    if max(shares) == 0 or min(shares) == 1:
+        return wilson_interval(sum(share == 1 for share in shares), len(shares))
+    return mean_interval(shares)
 
 
 def _kind(reason: str) -> str:

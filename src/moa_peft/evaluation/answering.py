@@ -17,13 +17,11 @@ from rich.console import Console
 from transformers import PreTrainedTokenizerBase
 
 from moa_peft.answers import AnswerFormat
+from moa_peft.answers.statements import next_turn
 from moa_peft.data import Example, Template, end_token_ids, render_prompt
 from moa_peft.evaluation.predictions import Prediction
 from moa_peft.evaluation.references import reference_answers
 from moa_peft.generation import check_prompts, generate_texts
-
-# A Markdown heading of the third level begins the next section of the Alpaca layout; GSM8K's "#### 12" is none.
-_NEXT_SECTION = re.compile(r"(?:^|\n)### ")
 
 
 def answer_questions(
@@ -126,12 +124,11 @@ def predict(
 
 
 def cut_answer(text: str, format: AnswerFormat) -> str:
-    """The text up to where its answer is over: the first line that ends with an answer stated, or the next heading.
+    """The text up to where its answer is over: the first line that ends with an answer stated, or the next turn.
 
-    Blank lines alone end nothing: worked answers have them between their steps.
+    Blank lines and headings of its own ("### Step 2") end nothing: worked answers have them between their steps.
     """
-    heading = _NEXT_SECTION.search(text)
-    text = text[: heading.start()] if heading else text
+    text = text[: next_turn(text)]
     for newline in re.finditer(r"\n", text):
         if format.extract(text[: newline.end()], mode="strict") is not None:
             return text[: newline.start()]

@@ -6,7 +6,6 @@ question sets and ways of scoring; anything else is refused.
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -36,6 +35,7 @@ class EvaluationFolder:
         self._settings: dict[str, Any] = {}
         self._sets: dict[str, dict[str, Any]] = {}
         self._harness: dict[str, Any] = {}
+        self._commands: list[str] = []
 
     def check(self, *, overwrite: bool) -> None:
         """Refuse a place that cannot hold results, or that holds something else.
@@ -76,21 +76,31 @@ class EvaluationFolder:
         try:
             yield
         finally:
-            lock.release()
-            (self.path / _LOCK).unlink(missing_ok=True)
-            if not any(self.path.iterdir()):
+            if [file.name for file in self.path.iterdir()] == [_LOCK]:
+                (self.path / _LOCK).unlink()
                 self.path.rmdir()
+            # The file of the lock stays: whoever waits for it holds it open.
+            lock.release()
 
-    def open(self, settings: Mapping[str, Any], *, sets: Mapping[str, dict[str, Any]], overwrite: bool) -> None:
-        """Start an evaluation, or go on with one.
+    def open(
+        self,
+        settings: Mapping[str, Any],
+        *,
+        sets: Mapping[str, dict[str, Any]],
+        command: str,
+        overwrite: bool = False,
+    ) -> None:
+        """Start an evaluation, or go on with one, and say so in results.json.
 
         Args:
             settings: everything that decides results and holds for all sets; equal in all evaluations of a folder.
             sets: per set its task, the task's version and the digest of its rows.
+            command: what started this evaluation; results.json keeps those before it too.
             overwrite: delete earlier results first.
 
         Raises:
-            UserError: earlier results are of other settings or other rows, or damaged; nothing is changed then.
+            UserError: earlier results are of other settings or other rows, or damaged, or predictions are there that
+                no results.json speaks of; nothing is changed then.
         """
         if overwrite:
             for file in self.path.iterdir():
@@ -102,15 +112,24 @@ class EvaluationFolder:
             for name in sets.keys() & before["sets"].keys():
                 old = {key: before["sets"][name].get(key) for key in sets[name]}
                 self._check_equal(f"the set {name}", old, sets[name])
+        known = {f"{name}.{kind}.jsonl" for name in before.get("sets", {}) for kind in (*KINDS, "code")}
+        strange = [file.name for file in self.path.glob("*.jsonl") if file.name not in known]
+        strange = [name for name in strange if not name.endswith(".harness.jsonl")]
+        if strange:
+            raise UserError(
+                f"--output: {str(self.path)!r} holds predictions ({sorted(strange)[0]}) that its {RESULTS_FILE} does "
+                "not know, so it cannot be told whose they are.\nGive another folder, or --overwrite to replace it."
+            )
         for name in sets:
             for scoring in KINDS:
                 self.predictions(name, scoring).read()
         self._settings = dict(settings)
-        self._sets = {
-            **before.get("sets", {}),
-            **{n: {**before.get("sets", {}).get(n, {}), **s} for n, s in sets.items()},
-        }
+        self._sets = dict(before.get("sets", {}))
+        for name, about in sets.items():
+            self._sets[name] = {**self._sets.get(name, {}), **about}
         self._harness = before.get("harness", {})
+        self._commands = [*(word for word in before.get("commands", []) if word != command), command]
+        self.write(complete=False)
 
     def read(self) -> dict[str, Any]:
         """The content of results.json, empty where there is none.
@@ -160,13 +179,13 @@ class EvaluationFolder:
             text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
             write_atomically(self.path / f"{task}.harness.jsonl", text)
 
-    def write(self, *, command: str, complete: bool) -> None:
+    def write(self, *, complete: bool) -> None:
         """Write results.json."""
         suites = {name: content["suite"] for name, content in self._sets.items() if "suite" in content}
         content = {
             "format": RESULTS_FORMAT,
             "status": "complete" if complete else "running",
-            "command": command,
+            "commands": self._commands,
             "settings": self._settings,
             "versions": library_versions(),
             "sets": self._sets,
@@ -176,7 +195,8 @@ class EvaluationFolder:
         write_atomically(self.path / RESULTS_FILE, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
 
     def _check_equal(self, what: str, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-        changed = sorted(key for key in {*before, *now} if before.get(key) != now.get(key))
+        # The same model may be called by another path; its digests are compared.
+        changed = sorted(key for key in {*before, *now} - {"model", "base"} if before.get(key) != now.get(key))
         if changed:
             lines = [f"  {key}: {before.get(key)!r} -> {now.get(key)!r}" for key in changed]
             raise UserError(
@@ -184,17 +204,6 @@ class EvaluationFolder:
                 + "\n".join(lines)
                 + "\nGive another folder, or --overwrite to replace it."
             )
-
-
-def folder_digest(path: Path) -> str | None:
-    """SHA-256 of an adapter's weights and configuration, so that a retrained adapter is noticed; None without them."""
-    digest = hashlib.sha256()
-    for name in ("adapter_config.json", "adapter_model.safetensors"):
-        if not (path / name).is_file():
-            return None
-        with (path / name).open("rb") as stream:
-            digest.update(hashlib.file_digest(stream, "sha256").digest())
-    return digest.hexdigest()
 
 
 def _is_own(file: Path) -> bool:

@@ -13,6 +13,8 @@ import torch
 from rich.console import Console
 from rich.progress import Progress
 
+from moa_peft.errors import UserError
+from moa_peft.generation import max_positions
 from moa_peft.pooling import PROMPT_MASK
 from moa_peft.training.labelled_positions import LabelledPositions, restricted_output_layer
 
@@ -73,7 +75,17 @@ def continuation_likelihoods(
 
     Returns:
         One result for each continuation, in their order.
+
+    Raises:
+        UserError: a row is longer than the model can read; nothing is scored then.
     """
+    positions = max_positions(model.config)
+    longest = max((len(row.prompt) + len(row.tokens) - 1 for row in continuations), default=0)
+    if positions is not None and longest > positions:
+        raise UserError(
+            f"scoring: a question with its answer has {longest} tokens, but the model has {positions} positions. "
+            "Shorten or leave out the longest questions."
+        )
     results: list[Likelihood | None] = [None] * len(continuations)
     was_training = model.training
     model.eval()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -11,10 +12,10 @@ from transformers import PreTrainedTokenizerBase
 
 from moa_peft.data import Template
 from moa_peft.errors import UserError
-from moa_peft.evaluation.answering import answer_questions, check_lengths
+from moa_peft.evaluation.answering import answer_questions, check_lengths, predict
 from moa_peft.evaluation.choosing import choose_options
 from moa_peft.evaluation.folder import EvaluationFolder
-from moa_peft.evaluation.predictions import KINDS, Record
+from moa_peft.evaluation.predictions import KINDS, Prediction, Record
 from moa_peft.evaluation.question_sets import QuestionSet
 from moa_peft.evaluation.reference_nll import reference_likelihoods
 from moa_peft.evaluation.references import agreeing_rows, reference_answers
@@ -152,6 +153,26 @@ def _amounts(scoring: str, records: Sequence[Any]) -> dict[str, Any]:
     return mean_nll(records) if scoring == "nll" else Score(records).to_dict()
 
 
+def _checked(record: Any, questions: QuestionSet, wanted: set[int], path: Path) -> Any:
+    """A prediction from a file, if it is of this set; what follows from its text is read anew.
+
+    Raises:
+        UserError: it answers another question, or one that is not scored.
+    """
+    if record.index not in wanted or record.question != questions.examples[record.index].question:
+        raise UserError(
+            f"{str(path)!r} holds a prediction for question {record.index} that is not of this set.\n"
+            "Delete the file to score its questions again, or give another folder."
+        )
+    if isinstance(record, Prediction):
+        format = questions.task.format
+        (reference,) = reference_answers([questions.examples[record.index]], format)
+        return predict(
+            record.index, record.question, reference, record.output, format=format, legacy="legacy" in record.answers
+        )
+    return record
+
+
 def _predictions(
     model: Any,
     tokenizer: PreTrainedTokenizerBase,
@@ -162,9 +183,10 @@ def _predictions(
     console: Console | None,
 ) -> list[Any]:
     file = None if folder is None else folder.predictions(questions.name, scoring)
-    before = [] if file is None else file.read()
+    wanted = wanted_rows(questions, scoring)
+    before = [] if file is None else [_checked(record, questions, set(wanted), file.path) for record in file.read()]
     done = {record.index for record in before}
-    missing = [index for index in wanted_rows(questions, scoring) if index not in done]
+    missing = [index for index in wanted if index not in done]
     if console is not None:
         went_before = f", {len(done):,} from before" if done else ""
         console.print(

@@ -10,7 +10,7 @@ from moa_peft.data import Example, load_examples
 from moa_peft.data.loading import SUFFIXES
 from moa_peft.errors import UserError
 from moa_peft.evaluation.question_sets import QuestionSet, parts_by_twins
-from moa_peft.tasks import TASKS, Task, load_task, select_tasks
+from moa_peft.tasks import Task, find_task, load_task, select_tasks
 
 
 def select_sets(
@@ -74,6 +74,5 @@ def _named_files(files: Sequence[str]) -> list[tuple[str, Task, str]]:
 
 def _task_of(stem: str) -> Task:
     """The task that a file is named after, else questions whose answers are numbers."""
-    by_name = {name.lower(): task for name, task in TASKS.items()}
-    known = by_name.get(stem.lower().removesuffix(".test"))
+    known = find_task(stem.lower().removesuffix(".test"))
     return known or Task(name=stem, suite="own", format=AnswerFormat(kind="number"), max_new_tokens=200)

@@ -83,10 +83,16 @@ class ExpertOptions:
         if isinstance(self.layers, str):
             indices: set[int] = set()
             for part in self.layers.split(","):
-                first, _, last = part.strip().partition("-")
-                if not first.isdigit() or not (last or first).isdigit():
+                low, dash, high = part.strip().partition("-")
+                ends = (low, high if dash else low)
+                if not all(end.isdecimal() for end in ends):
                     raise problem
-                indices.update(range(int(first), int(last or first) + 1))
+                first, last = map(int, ends)
+                if first > last:
+                    raise UserError(
+                        f"layers is {self.layers!r}, and its range {part.strip()!r} goes down; write '{last}-{first}'."
+                    )
+                indices.update(range(first, last + 1))
         elif isinstance(self.layers, (list, tuple)) and all(type(i) is int and i >= 0 for i in self.layers):
             indices = set(self.layers)
         else:

@@ -1,4 +1,8 @@
-"""Auxiliary losses: a `Routing` in, a number out. Importing this package registers them all."""
+"""Auxiliary losses: a `Routing` in, a number out. Importing this package registers them all.
+
+Their statistics are over the routings of one router in one forward: those of the tokens that are no padding, or, with
+``granularity: sequence``, those of the sequences, which count once each.
+"""
 
 from moa_peft.losses.balance import BalanceLoss
 from moa_peft.losses.base import LOSSES, Loss, LossOptions

@@ -10,6 +10,11 @@
 
 Where the scores are probabilities, L is least when the load is even. Scores of a sigmoid router do not add up to 1:
 there L also falls when all of them do, and so asks for small weights as well as for even ones.
+
+A router that keeps all of its experts (top-k with k = E, as in MoLA's lowest blocks) selects each for every token, so
+under ``load: selected`` its L is a constant, E or, normalised, 1. It teaches nothing there, but its share stays in the
+logged value and in the number of routers that ``reduction: mean`` divides by. The loss is refused where all routers of
+an adapter are like that.
 """
 
 from dataclasses import dataclass

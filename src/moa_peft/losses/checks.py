@@ -59,7 +59,7 @@ def loss_entries(losses: Iterable[Loss]) -> list[dict[str, Any]]:
 def check_losses(
     losses: Sequence[Loss], router_type: str, router_options: RouterOptions, *, num_experts: Iterable[int] = ()
 ) -> None:
-    """Refuse losses that do not fit a router.
+    """Refuse losses that do not fit a router; of the mixtures of an adapter the largest decides.
 
     Args:
         losses: from `parse_losses`.
@@ -85,8 +85,10 @@ def check_losses(
 def _returned(router_type: str, router_options: RouterOptions, num_experts: int | None) -> set[Needs]:
     """What a router of this kind returns, seen by asking a small one."""
     width = 2
-    # Enough for any option that bounds the number of experts from below, such as top-k's k.
-    num_experts = num_experts or max([8, *(value for value in vars(router_options).values() if type(value) is int)])
+    # More than any option that keeps a number of experts, such as top-k's k.
+    num_experts = num_experts or max(
+        [8, *(1 + value for value in vars(router_options).values() if type(value) is int)]
+    )
     router_class = ROUTERS[router_type]
     # On the meta device, where no number is drawn, also where a loader makes every module there.
     with torch.device("meta"), torch.no_grad():

@@ -1,6 +1,6 @@
 """The losses that are means over tokens: router z-loss, entropy, sparsity.
 
-- z (ST-MoE, arXiv 2202.08906): ``mean_t logsumexp_i(u_ti)^2`` of the logits u; keeps them small.
+- z (ST-MoE, arXiv 2202.08906): ``mean_t logsumexp_i(u_ti)^2`` of the logits u of a softmax; keeps them small.
 - entropy (DynMoLE, arXiv 2504.00661): ``mean_t H_q(p_t) / max H_q``, the normalised Tsallis entropy of the scores,
   Shannon's for q = 1; makes the routing confident.
 - sparsity (LD-MoLE, arXiv 2509.25684): ``mean_t relu(lambda_lower(k) - lambda_t)`` with
@@ -33,7 +33,7 @@ class ZLoss(TokenMean):
         return routing.logits.logsumexp(-1).square()
 
     def needs(self) -> tuple[Needs, ...]:
-        return ("logits",)
+        return ("logits", "probabilities")
 
 
 @dataclass(kw_only=True)

@@ -4,11 +4,19 @@ from typing import Any
 
 from peft import LoraConfig
 
-from moa_peft.architectures import ROLES
+from moa_peft.architectures import ARCHITECTURES, ROLES
 from moa_peft.config import MoAConfig
-from moa_peft.experts import ExpertOptions
-from moa_peft.methods.experts import mixture
+from moa_peft.errors import UserError
+from moa_peft.experts.lora import LoraOptions
+from moa_peft.methods.experts import MOA_TARGETS, mixture
 from moa_peft.methods.registry import Layers, Targets, method
+
+ALL_LINEAR = "all-linear"
+"""PEFT's word for every linear layer but the head."""
+
+OUTSIDE_THE_DECODER = r"(?!.*\.\d+\.).*|.*encoder\..*"
+"""Regular expression over full names of modules: what is in no numbered block, and what is in one of an encoder, where
+image-text models have names of decoders."""
 
 
 @method("out = W x + s B A x,  s = alpha / r", "arXiv 2106.09685", "-")
@@ -18,16 +26,30 @@ def lora(
     alpha: float | None = None,
     dropout: float = 0.0,
     rslora: bool = False,
-    targets: Targets = ("q_proj", "k_proj", "v_proj", "o_proj", "down_proj"),
+    targets: Targets = MOA_TARGETS,
     layers: Layers = None,
     **config: Any,
 ) -> LoraConfig:
     """Plain LoRA, the baseline: this returns PEFT's own `LoraConfig`, nothing of this package acts.
 
-    PEFT knows no roles: `targets` are module names, and a role stands for the name it has in Llama-like families (`q`
-    for `q_proj`). `layers` becomes PEFT's `layers_to_transform`.
+    PEFT knows no roles and matches the ends of names. So a role among `targets` becomes the names that all known
+    families give it in their blocks, and what is outside the blocks of the decoder (a vision tower) is excluded,
+    unless `exclude_modules` says what is. Module names, and `targets: all-linear`, reach PEFT as they are. `layers`
+    becomes PEFT's `layers_to_transform`. On Qwen3-MoE, PEFT takes gate, up and down for those of the fused experts.
     """
-    indices = ExpertOptions(layers=layers).layer_indices()
+    # Checked here as for every other method: PEFT's own messages do not name the setting.
+    options = LoraOptions(target=list(targets), rank=rank, alpha=alpha, dropout=dropout, rslora=rslora, layers=layers)
+    indices = options.layer_indices()
+    target_modules: list[str] | str = [name for target in targets for name in _names(target)]
+    if set(targets) & set(ROLES):
+        config = {"exclude_modules": OUTSIDE_THE_DECODER} | config
+    if ALL_LINEAR in targets:
+        if len(targets) > 1 or indices is not None:
+            raise UserError(
+                f"targets is {list(targets)!r} and layers {layers!r}; {ALL_LINEAR!r} stands alone and for all layers. "
+                "List roles or module names instead."
+            )
+        target_modules = ALL_LINEAR
     if indices is not None:
         config = {"layers_to_transform": sorted(indices)} | config
     return LoraConfig(
@@ -35,9 +57,16 @@ def lora(
         lora_alpha=rank if alpha is None else alpha,  # type: ignore[arg-type]
         lora_dropout=dropout,
         use_rslora=rslora,
-        target_modules=[f"{target}_proj" if target in ROLES else target for target in targets],
+        target_modules=target_modules,
         **config,
     )
+
+
+def _names(target: str) -> list[str]:
+    """The names of a role in all known families, each of which is one of the same role, or none, in the others."""
+    if target not in ROLES:
+        return [target]
+    return sorted({family.roles[target] for family in ARCHITECTURES.values() if target in family.roles})
 
 
 @method("out = MLP(x) + U silu(D x + b_D) + b_U", "arXiv 2110.04366", "-")

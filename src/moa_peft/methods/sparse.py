@@ -78,7 +78,8 @@ def adamole(
 
 
 @method(
-    "as moe_lora_topk, with 2, 4, 6 and 8 experts from the lowest to the highest quarter of the blocks",
+    "out = W x + s sum_{i in top k of E_l} w_i B_i A_i x,  w = p / sum_{top k} p,  p = softmax(G x),  "
+    "E_l = 2, 4, 6, 8 for blocks l of the first to the last quarter",
     "arXiv 2402.08562",
     "module",
 )

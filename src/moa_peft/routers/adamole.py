@@ -7,6 +7,10 @@ threshold learns.
 The largest of E probabilities is at least 1/E, so a threshold below 1/E, the default bound, leaves every token an
 expert. Where a threshold reaches the largest probability (by rounding, or under a higher bound), it is lowered to just
 below it, so that the most probable expert is kept with weight 1 and the denominator is never 0.
+
+Under a ``max_threshold`` above 1/E this, and no longer the paper's argument, is what leaves every token an expert.
+Where the threshold excludes all experts but the largest, its weight is 1 whatever the threshold is, which so gets no
+gradient from that token and cannot come down again there.
 """
 
 from dataclasses import dataclass

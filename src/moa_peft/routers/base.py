@@ -74,6 +74,10 @@ class Router(nn.Module, ABC):
         """Use the shared network; the router does not own it."""
         raise NotImplementedError
 
+    def all_parameters(self) -> list[nn.Parameter]:
+        """Its parameters, and those of a network that it shares."""
+        return list(self.parameters())
+
     def may_skip(self, *, with_gradient: bool) -> bool:
         """Whether it gives weights that are exactly 0, whose experts may be left out.
 

@@ -1,6 +1,6 @@
 """LD-MoLE router (METHODS 6.1; arXiv 2509.25684): sparsegen projection of the logits with a predicted sparsity.
 
-``u = head(z)``, ``lambda = (1 - epsilon) + logsigmoid(f(z)) < 1 - epsilon``,
+``u = head(z)``, ``1 - lambda = epsilon + softplus(-f(z)) > epsilon``,
 ``w = argmin_p |p - u|^2 - lambda |p|^2`` over the simplex, which is ``[(u - tau) / (1 - lambda)]_+`` with the tau that
 makes w sum to 1. u and w are ``[..., E]``, lambda is ``[..., 1]``. lambda near 1 leaves few experts, lambda far below
 0 all of them.
@@ -66,21 +66,21 @@ class SparsityNetwork(nn.Module):
             nn.init.constant_(module.bias, INITIAL_BIAS)
 
 
-def sparsegen(logits: torch.Tensor, sparsity: torch.Tensor) -> torch.Tensor:
-    """The sparsegen projection, in closed form: sparsemax (arXiv 1602.02068) of ``u / (1 - lambda)``.
+def sparsegen(logits: torch.Tensor, gap: torch.Tensor) -> torch.Tensor:
+    """The sparsegen projection, in closed form: sparsemax (arXiv 1602.02068) of ``u / gap``, ``gap = 1 - lambda``.
 
     With z the scaled logits from large to small, the support is the first k, k the largest j with
     ``1 + j z_j > z_1 + ... + z_j``, and ``tau = (z_1 + ... + z_k - 1) / k``.
 
     Args:
         logits: ``[..., E]`` u.
-        sparsity: ``[..., 1]`` lambda, below 1.
+        gap: ``[..., 1]`` 1 - lambda, above 0; made without lambda, near whose 1 the difference would be rounded.
 
     Returns:
         ``[..., E]`` weights, at least one above 0, that sum to 1; differentiable in both arguments.
     """
     # A shift of the logits changes nothing, and keeps the sums below small.
-    scaled = (logits - logits.detach().amax(dim=-1, keepdim=True)) / (1 - sparsity)
+    scaled = (logits - logits.detach().amax(dim=-1, keepdim=True)) / gap
     ordered, order = descending(scaled)
     ranks = torch.arange(1, ordered.shape[-1] + 1, device=ordered.device, dtype=ordered.dtype)
     support = unsort(1 + ranks * ordered > ordered.cumsum(-1), order)
@@ -135,9 +135,12 @@ class SparsegenRouter(ProbabilityRouter):
 
     def route(self, products: list[torch.Tensor]) -> Routing:
         logits = self.logits(products)
-        sparsity = (1 - self.options.epsilon) + F.logsigmoid(self.network(products[-1]))
-        weights = sparsegen(logits, sparsity)
-        return Routing(weights=weights, scores=weights, logits=logits, sparsity=sparsity)
+        gap = self.options.epsilon + F.softplus(-self.network(products[-1]))
+        weights = sparsegen(logits, gap)
+        return Routing(weights=weights, scores=weights, logits=logits, sparsity=1 - gap)
+
+    def all_parameters(self) -> list[nn.Parameter]:
+        return [*self.parameters(), *self.network.parameters()]
 
     def may_skip(self, *, with_gradient: bool) -> bool:
         return True

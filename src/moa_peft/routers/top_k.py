@@ -98,4 +98,4 @@ class TopKRouter(ProbabilityRouter):
             reset_head_linear(self.noise, init, self.options.init_std)
 
     def may_skip(self, *, with_gradient: bool) -> bool:
-        return True
+        return self.options.k < self.num_experts

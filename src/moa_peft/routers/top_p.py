@@ -59,4 +59,4 @@ class TopPRouter(ProbabilityRouter):
         return Routing(weights=weights, scores=scores, logits=logits)
 
     def may_skip(self, *, with_gradient: bool) -> bool:
-        return True
+        return self.options.p < 1

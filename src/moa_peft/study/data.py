@@ -32,6 +32,7 @@ class StudyData:
         sets: question sets of its tasks.
         settings: how they are scored.
         generated: names of the sets that `generate` is for.
+        transfer: names of the sets of whose kind there are no training rows; they are reported apart.
     """
 
     train_path: str
@@ -40,6 +41,7 @@ class StudyData:
     sets: Sequence[QuestionSet]
     settings: ScoringSettings
     generated: frozenset[str]
+    transfer: frozenset[str]
 
     def scorings(self, questions: QuestionSet) -> tuple[str, ...]:
         """How a set is scored."""
@@ -86,6 +88,7 @@ def prepare_data(spec: DataSpec, *, roots: Sequence[Path], file: Path, template:
         sets=sets,
         settings=settings,
         generated=frozenset(task.name for task in chosen),
+        transfer=frozenset(task.name for task in select_tasks(spec.transfer)) if spec.transfer else frozenset(),
     )
 
 

@@ -3,21 +3,29 @@
 from __future__ import annotations
 
 import copy
+import functools
 import hashlib
 import json
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from moa_peft.base_models import weights_digest
 from moa_peft.errors import UserError
 from moa_peft.study.data import StudyData
 from moa_peft.study.records import RunRecord
 from moa_peft.study.spec import StudySpec
 from moa_peft.training.recipe import TrainRecipe, parse_recipe
 
+_model_digest = functools.cache(weights_digest)
 DEFAULT_SAVE_STEPS = 25
 """Steps between two checkpoints, from which a killed run goes on."""
+
+
+_TABLES = ("table.md", "table.csv", "table.tex", "results.json", "accuracy.png", "accuracy.svg")
+_OWN_NAMES = {"records", "search", "runs", *_TABLES}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,13 +64,39 @@ class StudyFolder:
     def __init__(self, path: Path) -> None:
         self.path = path
 
+    def check(self, name: str) -> None:
+        """Refuse a folder that holds something else than this study.
+
+        Raises:
+            UserError: files of something else, or the report of another study.
+        """
+        if not self.path.is_dir():
+            return
+        strangers = sorted(file.name for file in self.path.iterdir() if file.name not in _OWN_NAMES)
+        if strangers:
+            raise UserError(
+                f"--output: {str(self.path)!r} holds files of something else (for example {strangers[0]}), so nothing "
+                "is written there. Give another folder."
+            )
+        report = self.path / "results.json"
+        try:
+            found = json.loads(report.read_text(encoding="utf-8"))["study"]["name"] if report.is_file() else name
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(
+                f"--output: {str(report)!r} is damaged ({error}). Delete it; it is written anew."
+            ) from error
+        if found != name:
+            raise UserError(
+                f"--output: {str(self.path)!r} holds the study {found!r}, not {name!r}. Give another folder."
+            )
+
     def result(self, job: Job) -> Path:
         """The file that a finished job leaves."""
         return self.path / f"{job.name}.json"
 
-    def run(self, job: Job) -> Path:
-        """The folder of the job's training run."""
-        return self.path / "runs" / job.name.replace("records/", "")
+    def run(self, job: Job, digest: str) -> Path:
+        """The folder of the job's training run; a job with other settings or data has another one."""
+        return self.path / "runs" / f"{job.name.replace('records/', '')}.{digest[:12]}"
 
     def log(self, job: Job) -> Path:
         """What the job printed."""
@@ -107,7 +141,7 @@ def run_jobs(spec: StudySpec, rates: Mapping[str, float | None]) -> list[Job]:
 
 
 def chosen_rates(spec: StudySpec, folder: StudyFolder, *, data: Mapping[str, StudyData]) -> dict[str, float | None]:
-    """By row the rate with the least validation loss; rows whose tries are not all there are left out.
+    """By row the rate with the least validation loss; rows with tries missing, or all diverged, are left out.
 
     Without a search, the rate of the recipes holds (None here).
     """
@@ -120,7 +154,11 @@ def chosen_rates(spec: StudySpec, folder: StudyFolder, *, data: Mapping[str, Stu
         if outcome is not None and job.learning_rate is not None:
             tries.setdefault(job.row, {})[job.learning_rate] = outcome
     wanted = len(spec.search.learning_rate)
-    own = {row: min(found, key=found.__getitem__) for row, found in tries.items() if len(found) == wanted}
+    own = {
+        row: min(found, key=found.__getitem__)
+        for row, found in tries.items()
+        if len(found) == wanted and min(found.values()) < math.inf
+    }
     rates: dict[str, float | None] = {}
     for row, settings in spec.rows.items():
         source = settings.learning_rate_of or row
@@ -168,13 +206,14 @@ def job_digest(spec: StudySpec, job: Job, *, data: Mapping[str, StudyData]) -> s
     # A study may go on in another folder or on another machine.
     recipe["data"] = {key: value for key, value in recipe["data"].items() if key != "path"}
     if Path(recipe["model"]).is_dir():
-        recipe["model"] = Path(recipe["model"]).name
+        recipe["model"] = _model_digest(recipe["model"])
     rows = [[example.question, example.answer] for example in data[job.data].train_examples]
     content: dict[str, Any] = {"recipe": recipe, "rows": rows}
     if job.kind == "run":
         sets = data[job.data].sets
         content["sets"] = {
-            questions.name: [questions.digest, data[job.data].scorings(questions)] for questions in sets
+            questions.name: [questions.digest, questions.task.version, data[job.data].scorings(questions)]
+            for questions in sets
         }
         content["settings"] = asdict(data[job.data].settings)
         # Rounding aside, results do not depend on it.
@@ -183,9 +222,12 @@ def job_digest(spec: StudySpec, job: Job, *, data: Mapping[str, StudyData]) -> s
 
 
 def read_search(folder: StudyFolder, job: Job, *, digest: str) -> float | None:
-    """The validation loss of a finished try, or None."""
+    """The validation loss of a finished try, infinite where training diverged; None without a result."""
     content = _read(folder.result(job), digest)
-    return None if content is None else float(content["validation_loss"])
+    if content is None:
+        return None
+    loss = content["validation_loss"]
+    return math.inf if loss is None else float(loss)
 
 
 def read_record(folder: StudyFolder, job: Job, *, digest: str) -> RunRecord | None:

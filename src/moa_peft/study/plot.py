@@ -46,7 +46,7 @@ def plot_accuracy_over_parameters(records: Sequence[RunRecord], path: Path, *, m
     over tasks in percent (see `averaged_tasks`). The same records give the same bytes.
 
     Args:
-        records: the finished runs; those that `measure` did not score are left out.
+        records: the finished runs; those that `measure` did not score on a set that the average covers are left out.
         path: the file to write, ending in ``.png`` or ``.svg``.
         measure: an accuracy, as in `ItemScores.measure`.
 
@@ -59,7 +59,10 @@ def plot_accuracy_over_parameters(records: Sequence[RunRecord], path: Path, *, m
     panels = {data: _points(records, data=data, measure=measure) for data in dict.fromkeys(r.data for r in records)}
     panels = {data: points for data, points in panels.items() if points}
     if not panels:
-        raise UserError(f"measure is {measure!r}, but no run was scored by it; give one that the records hold.")
+        raise UserError(
+            f"measure is {measure!r}, but no run was scored by it on a question set that the average covers; "
+            "give one that the records hold."
+        )
     columns = min(_PANELS_IN_A_ROW, len(panels))
     lines = -(-len(panels) // columns)
     figure = matplotlib.figure.Figure(
@@ -88,6 +91,8 @@ def plot_accuracy_over_parameters(records: Sequence[RunRecord], path: Path, *, m
 def _points(records: Sequence[RunRecord], *, data: str, measure: str) -> list[_Point]:
     scored = [run for run in records if run.data == data and any(s.measure == measure for s in run.scores)]
     tasks = averaged_tasks(scored, measure=measure)
+    if not tasks:
+        return []
     points = []
     for row in dict.fromkeys(run.row for run in scored):
         runs = [run for run in scored if run.row == row]

@@ -13,6 +13,7 @@ from moa_peft.fields import build_options
 PRIMARY_MEASURES = ("nll", "accuracy_flexible", "accuracy_strict", "accuracy")
 TWINS_SUFFIX = " (twins)"
 REST_SUFFIX = " (rest)"
+TRANSFER_SUFFIX = " (transfer)"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,7 +21,8 @@ class ItemScores:
     """Per-item values of one measure on one question set, in the order of its rows.
 
     Attributes:
-        task: name of the question set; ``"MultiArith (twins)"`` or ``"MultiArith (rest)"`` for a part apart.
+        task: name of the question set; ``"MultiArith (twins)"`` or ``"MultiArith (rest)"`` for a part apart,
+            ``"piqa (transfer)"`` for a set whose kind of question does not occur in training.
         measure: ``nll`` (nats per answer token), ``accuracy_flexible``, ``accuracy_strict``, or ``accuracy`` (the
             choice of highest likelihood).
         items: stable ids, to pair runs by.
@@ -174,10 +176,14 @@ def averaged_tasks(records: Iterable[RunRecord], *, measure: str) -> tuple[str, 
     """The question sets that an average over tasks covers, in the order of their first appearance.
 
     Twins of training questions stay apart: a part named ``X (twins)`` does not count, and where ``X (rest)`` was
-    scored, it counts instead of ``X``.
+    scored, it counts instead of ``X``. ``X (transfer)`` and its parts never count.
     """
     tasks = scored_tasks(records, measure=measure)
-    return tuple(task for task in tasks if not task.endswith(TWINS_SUFFIX) and f"{task}{REST_SUFFIX}" not in tasks)
+    return tuple(
+        task
+        for task in tasks
+        if not task.endswith(TWINS_SUFFIX) and TRANSFER_SUFFIX not in task and f"{task}{REST_SUFFIX}" not in tasks
+    )
 
 
 def scored_tasks(records: Iterable[RunRecord], *, measure: str) -> tuple[str, ...]:

@@ -11,7 +11,7 @@ from moa_peft.files import write_atomically
 from moa_peft.intervals import require_scipy
 from moa_peft.study.budgets import BudgetMismatch
 from moa_peft.study.plot import plot_accuracy_over_parameters, require_matplotlib
-from moa_peft.study.records import MissingRun, RunRecord, is_accuracy, scored_measures
+from moa_peft.study.records import MissingRun, RunRecord, averaged_tasks, is_accuracy, scored_measures
 from moa_peft.study.statistics import task_mean
 from moa_peft.study.table_formats import StudyTable, to_csv, to_latex, to_markdown
 from moa_peft.study.tables import Question, overview_tables, study_tables
@@ -31,7 +31,7 @@ def write_report(
 ) -> list[Path]:
     """Write table.md, table.csv, table.tex, results.json, accuracy.png and accuracy.svg.
 
-    The pictures show the primary measure where it is an accuracy, else the first accuracy that was scored; without
+    The pictures show the primary measure where it is an accuracy, else the first accuracy that has an average; without
     any, they are left out. The same arguments give the same bytes.
 
     Args:
@@ -81,7 +81,7 @@ def write_report(
         write_atomically(folder / name, text)
     paths = [folder / name for name in texts]
     accuracies = [measure for measure in (question.primary, *scored_measures(records)) if is_accuracy(measure)]
-    scored = [measure for measure in accuracies if measure in scored_measures(records)]
+    scored = [measure for measure in accuracies if averaged_tasks(records, measure=measure)]
     for name in ("accuracy.png", "accuracy.svg") if scored else ():
         plot_accuracy_over_parameters(records, folder / name, measure=scored[0])
         paths.append(folder / name)

@@ -79,6 +79,7 @@ class Study:
             raise UserError(f"--output: {str(output)!r} is a file. Give a folder.")
         self.spec = spec
         self.folder = StudyFolder(output)
+        self.folder.check(spec.name)
         template = spec.recipe.get("data", {}).get("template", "alpaca")
         self.data: dict[str, StudyData] = {
             name: prepare_data(block, roots=roots, file=self.folder.sample(name), template=template)
@@ -93,6 +94,14 @@ class Study:
         rates = chosen_rates(self.spec, self.folder, data=self.data)
         everything = run_jobs(self.spec, dict.fromkeys(self.spec.rows))
         return [*searching, *self._missing(run_jobs(self.spec, rates))], everything
+
+    def missing_names(self) -> list[str]:
+        """All jobs without a result, those that wait for a learning rate too."""
+        ready, everything = self.jobs()
+        names = [job.name for job in ready]
+        done = {(record.row, record.data, record.seed) for record in self.outcome().records}
+        waiting = [job.name for job in everything if (job.row, job.data, job.seed) not in done]
+        return list(dict.fromkeys([*names, *waiting]))
 
     def run(self, *, processes: int, threads: int, console: Console, limit_s: float | None = None) -> StudyOutcome:
         """Run what is missing.
@@ -153,13 +162,13 @@ class Study:
         for row in self.spec.rows:
             name = next(data for data in self.spec.data if row in self.spec.rows_on(data))
             job = Job(kind="run", row=row, data=name, seed=self.spec.seeds[0], learning_rate=None)
-            recipe = job_recipe(self.spec, job, data=self.data[name], output_dir=str(self.folder.run(job)))
+            recipe = job_recipe(self.spec, job, data=self.data[name], output_dir=str(self.folder.path))
             options = recipe.options
             if options.model not in configs:
                 remote = {"trust_remote_code": options.trust_remote_code, "revision": options.revision}
                 configs[options.model] = load_config(options.model, **remote)
             try:
-                recipe.training_arguments(checkpoints=self.folder.run(job), has_validation=True)
+                recipe.training_arguments(checkpoints=self.folder.path, has_validation=True)
                 model = adapter_on_meta(adapter_config(recipe), configs[options.model])
             except UserError as error:
                 raise UserError(f"study: rows.{row}: {error}") from error

@@ -17,6 +17,7 @@ margin: 0.01
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Mapping
 from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from pathlib import Path
@@ -29,6 +30,14 @@ from moa_peft.evaluation.predictions import KINDS
 from moa_peft.study.records import PRIMARY_MEASURES
 from moa_peft.training.recipe import number_from
 
+_NAME = re.compile(r"[A-Za-z0-9_-]+")
+_ONE_BUDGET = {"max_steps", "num_train_epochs", "per_device_train_batch_size", "gradient_accumulation_steps", "data"}
+_SCORED_BY = {
+    "nll": "nll",
+    "accuracy_strict": "generate",
+    "accuracy_flexible": "generate",
+    "accuracy": "loglikelihood",
+}
 _SET_BY_STUDY = {
     "output_dir": "the study's --output decides it",
     "seed": "the key seeds lists them",
@@ -48,6 +57,7 @@ class DataSpec:
         test: folder of the test sets, below the folder given by `--data` (or a hub id).
         tasks: names of question sets, or suites.
         scorings: how they are scored: `nll`, `generate`, `loglikelihood`.
+        transfer: tasks of whose kind there are no training rows; they are reported apart from the average.
         generate_tasks: the question sets that `generate` is for, the slowest way of scoring; None for all.
         train_rows: a fixed sample of so many training rows; None for all.
         test_rows: a fixed sample of so many rows of every test set; None for all.
@@ -61,6 +71,7 @@ class DataSpec:
     test: str
     tasks: tuple[str, ...]
     scorings: tuple[str, ...] = ("nll", "generate")
+    transfer: tuple[str, ...] = ()
     generate_tasks: tuple[str, ...] | None = None
     train_rows: int | None = None
     test_rows: int | None = None
@@ -141,6 +152,9 @@ class StudySpec:
     question: str = ""
 
     def __post_init__(self) -> None:
+        wrong_name = next((name for name in (*self.rows, *self.data) if not _NAME.fullmatch(name)), None)
+        if wrong_name is not None:
+            raise UserError(f"study: the name {wrong_name!r} is not allowed; use letters, digits, _ and -.")
         if self.baseline not in self.rows:
             raise UserError(f"study: baseline {self.baseline!r} is no row. {_near(self.baseline, self.rows)}")
         for name, row in self.rows.items():
@@ -170,6 +184,20 @@ class StudySpec:
             if "learning_rate" in self.recipe:
                 raise UserError("study: recipe.learning_rate and search are both given. Keep one.")
         recipes = {"recipe": self.recipe, **{f"rows.{name}.recipe": row.recipe for name, row in self.rows.items()}}
+        for name, row in self.rows.items():
+            shared = sorted(_ONE_BUDGET & row.recipe.keys())
+            if shared:
+                raise UserError(f"study: rows.{name}.recipe.{shared[0]} cannot be set; all rows have one budget.")
+            if self.search is not None and "learning_rate" in row.recipe:
+                raise UserError(f"study: rows.{name}.recipe.learning_rate and search are both given. Keep one.")
+            if not any(name in self.rows_on(data) for data in self.data):
+                raise UserError(f"study: the row {name!r} is on no data set. Name it in data.*.rows, or remove it.")
+            source = row.learning_rate_of or name
+            if self.search is not None and source not in self.rows_on(self.search.data):
+                raise UserError(
+                    f"study: rows.{name}: {source!r} is not on {self.search.data!r}, where learning rates are "
+                    "searched. Add it there, or set learning_rate_of to a row that is."
+                )
         for key, advice in _SET_BY_STUDY.items():
             for where, recipe in recipes.items():
                 if key in recipe:
@@ -178,6 +206,12 @@ class StudySpec:
             raise UserError(
                 f"study: primary {self.primary!r} is not allowed; give one of {', '.join(PRIMARY_MEASURES)}."
             )
+        for name, data in self.data.items():
+            if _SCORED_BY[self.primary] not in data.scorings:
+                raise UserError(
+                    f"study: primary {self.primary!r} is measured by {_SCORED_BY[self.primary]}, which "
+                    f"data.{name}.scorings lacks. Add it, or choose another measure."
+                )
         if self.margin is not None and not self.margin > 0:
             raise UserError(f"study: margin {self.margin} is not allowed; give more than 0, or leave it out.")
 
@@ -264,7 +298,11 @@ def _converted(value: Any, kind: str, full: str, where: str) -> Any:
     if kind == "tuple":
         entries = value if isinstance(value, list | tuple) else [value]
         wanted = str if "str" in full else float if "float" in full else int
-        return tuple(_scalar(entry, wanted, where) for entry in entries)
+        found = tuple(_scalar(entry, wanted, where) for entry in entries)
+        twice = next((entry for entry in found if found.count(entry) > 1), None)
+        if twice is not None or not found:
+            raise UserError(f"study: {where} {'is empty' if twice is None else f'has {twice!r} twice'}.")
+        return found
     scalars = {"str": str, "int": int, "float": float}
     if kind in scalars:
         return _scalar(value, scalars[kind], where)

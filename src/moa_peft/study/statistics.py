@@ -10,11 +10,15 @@ import numpy as np
 
 from moa_peft.errors import UserError
 from moa_peft.intervals import require_scipy
-from moa_peft.study.records import ItemScores, RunRecord
+from moa_peft.study.constant_differences import constant_interval, sign_test
+from moa_peft.study.records import ItemScores, RunRecord, is_accuracy
 
 Verdict = Literal["better", "worse", "equivalent", "not resolved"]
 
+SIGNIFICANCE = 0.05
+
 _LEVEL_PERCENTILES = (2.5, 97.5)
+_ROUNDING = 1e-12  # relative to the largest value: differences below it are rounding alone
 _DRAWS_AT_A_TIME = 2_000_000  # item indices held at once: 16 MB
 
 
@@ -39,6 +43,8 @@ class PairedDifference:
         num_seeds: seeds paired.
         seeds_resampled: whether the interval covers the spread between seeds. With one seed it does not: it then
             speaks of these two trained models only, not of the methods.
+        identical: whether a continuous measure (any but an accuracy) has the same value for both at every item and
+            seed. The two are then the same model there.
     """
 
     difference: float
@@ -48,6 +54,7 @@ class PairedDifference:
     num_items: int
     num_seeds: int
     seeds_resampled: bool
+    identical: bool
 
 
 def task_mean(run: RunRecord, *, measure: str, task: str) -> float:
@@ -112,10 +119,12 @@ def paired_difference(
     is, three seeds: over 99 % without k, 97 % with it). tests/test_study_statistics.py repeats this on a small scale.
     The price is width: the outer quantile of t is 12.7 with two seeds, 4.3 with three, 2.8 with five.
 
-    With one seed only items are resampled (k = 1), see `PairedDifference.seeds_resampled`.
+    With one seed only items are resampled (k = 1), see `PairedDifference.seeds_resampled`. Where all M are equal, k is
+    1 as well: the seed part is 0 and holds no noise that could count twice.
 
-    Where nothing varies, for example where all differences are 0, resampling has nothing to go by: the interval is a
-    single point and p is 1.
+    Where in addition all items of a task have the same d[., i], nothing is left to resample. The interval is then that
+    of `constant_interval` for an accuracy and a single point for other measures, and p that of `sign_test`, not below
+    the smallest one that draws could give.
 
     Args:
         row_runs: the runs of the row, one for each seed.
@@ -135,24 +144,27 @@ def paired_difference(
     _check_tasks(tasks)
     if resamples < 1:
         raise UserError(f"resamples is {resamples!r}; it must be at least 1 (10,000 for a table).")
-    differences = [_differences(row_runs, baseline_runs, measure=measure, task=task) for task in tasks]
+    pairs = [_paired_values(row_runs, baseline_runs, measure=measure, task=task) for task in tasks]
+    differences = [row - baseline for row, baseline in pairs]
+    rounding = _ROUNDING * max(float(np.abs(pair).max()) for pair in pairs)
     per_seed = np.mean([task.mean(axis=1) for task in differences], axis=0)  # [seeds]
     num_seeds = len(per_seed)
-    generator = np.random.default_rng(seed)
-    offsets = np.zeros(resamples)
-    for task in differences:
-        offsets += _item_share(task) * _resampled_offsets(task.mean(axis=0), resamples, generator) / len(tasks)
-    if num_seeds > 1:
-        offsets += _student_draws(num_seeds - 1, resamples, generator) * per_seed.std(ddof=1) / num_seeds**0.5
     difference = float(per_seed.mean())
-    scale = max(float(np.abs(task).max()) for task in differences)
-    if np.ptp(offsets) <= 1e-12 * scale:  # rounding alone
-        low, high, p_value = difference, difference, 1.0
-    else:
-        draws = difference + offsets
+    seeds_vary = num_seeds > 1 and np.ptp(per_seed) > rounding
+    if seeds_vary or any(np.ptp(task.mean(axis=0)) > rounding for task in differences):
+        generator = np.random.default_rng(seed)
+        draws = np.full(resamples, difference)
+        for task in differences:
+            share = _item_share(task) if seeds_vary else 1.0
+            draws += share * _resampled_offsets(task.mean(axis=0), resamples, generator) / len(tasks)
+        if seeds_vary:
+            draws += _student_draws(num_seeds - 1, resamples, generator) * per_seed.std(ddof=1) / num_seeds**0.5
         low, high = (float(end) for end in np.percentile(draws, _LEVEL_PERCENTILES))
         rarer = int(min((draws <= 0).sum(), (draws >= 0).sum()))
         p_value = min(1.0, 2 * (rarer + 1) / (resamples + 1))
+    else:
+        low, high = constant_interval(differences) if is_accuracy(measure) else (difference, difference)
+        p_value = min(1.0, max(sign_test(differences, rounding=rounding), 2 / (resamples + 1)))
     return PairedDifference(
         difference=difference,
         low=low,
@@ -161,32 +173,40 @@ def paired_difference(
         num_items=sum(task.shape[1] for task in differences),
         num_seeds=num_seeds,
         seeds_resampled=num_seeds > 1,
+        identical=not is_accuracy(measure) and not any(task.any() for task in differences),
     )
 
 
-def verdict(difference: PairedDifference, *, lower_is_better: bool, margin: float | None) -> Verdict:
-    """What the interval says about the row.
+def verdict(
+    difference: PairedDifference, *, p_adjusted: float, lower_is_better: bool, margin: float | None
+) -> Verdict:
+    """What the interval and the p value say about the row.
 
     Args:
         difference: row - baseline.
+        p_adjusted: its p value, adjusted for the comparisons made beside it (see `holm`).
         lower_is_better: whether a negative difference is an improvement.
         margin: differences smaller than this do not matter; None if every difference does.
 
     Returns:
-        "better" or "worse" where the interval excludes 0; else "equivalent" where it lies inside (-margin, margin);
-        else "not resolved". An interval without width is never resolved: nothing varied that could be judged by.
+        "equivalent" where the interval lies inside (-margin, margin), whether it holds 0 or not, and where the two are
+        identical; else "better" or "worse" where the interval excludes 0 and p_adjusted is below 0.05; else
+        "not resolved". An interval without width says nothing by itself: where the sign test over its items does not
+        reach 0.05 either (five items or fewer), it is not resolved.
 
     Raises:
         UserError: the margin is not positive.
     """
     if margin is not None and not margin > 0:
         raise UserError(f"margin is {margin!r}; it must be above 0, in units of the measure, or left out.")
-    if difference.low == difference.high:
+    if difference.identical:
+        return "equivalent"
+    if difference.low == difference.high and difference.p_value >= SIGNIFICANCE:
         return "not resolved"
-    if difference.low > 0 or difference.high < 0:
-        return "better" if (difference.high < 0) == lower_is_better else "worse"
     if margin is not None and -margin < difference.low and difference.high < margin:
         return "equivalent"
+    if (difference.low > 0 or difference.high < 0) and p_adjusted < SIGNIFICANCE:
+        return "better" if (difference.high < 0) == lower_is_better else "worse"
     return "not resolved"
 
 
@@ -208,10 +228,10 @@ def _check_tasks(tasks: Sequence[str]) -> None:
         raise UserError("tasks: there is none to average over; give at least one.")
 
 
-def _differences(
+def _paired_values(
     row_runs: Sequence[RunRecord], baseline_runs: Sequence[RunRecord], *, measure: str, task: str
 ) -> np.ndarray:
-    """Row - baseline, [seeds, items], seeds in rising order and items in the order of the row's first run."""
+    """Row and baseline, [2, seeds, items], seeds in rising order and items in the order of the row's first run."""
     row, baseline = (_by_seed(runs) for runs in (row_runs, baseline_runs))
     if row.keys() != baseline.keys() or not row:
         raise UserError(
@@ -230,8 +250,8 @@ def _differences(
                     f"paired_difference: row {run.row!r}, seed {seed} was scored on other items of {task!r} than the "
                     f"first run ({len(odd)} differ, for example {odd[0]!r}). Score all runs on the same questions."
                 )
-        values.append([of_row[item] - of_baseline[item] for item in items])
-    return np.asarray(values)
+        values.append([[scored[item] for item in items] for scored in (of_row, of_baseline)])
+    return np.asarray(values).swapaxes(0, 1)
 
 
 def _by_seed(runs: Sequence[RunRecord]) -> dict[int, RunRecord]:
@@ -259,7 +279,7 @@ def _require_scores(run: RunRecord, *, measure: str, task: str) -> ItemScores:
 def _item_share(differences: np.ndarray) -> float:
     """k: how much of the spread between items is the items' own, and not the noise of single runs on them."""
     num_seeds, num_items = differences.shape
-    if num_seeds == 1 or num_items == 1:
+    if num_items == 1:
         return 1.0
     of_items = differences.mean(axis=0)
     residuals = differences - differences.mean(axis=1, keepdims=True) - of_items + differences.mean()

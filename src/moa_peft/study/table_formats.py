@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.markup import escape
 from rich.measure import Measurement
@@ -151,7 +152,15 @@ def to_rich(table: StudyTable, *, width: int = 100) -> Table:
 
 def _rich(table: StudyTable, *, dropped: Sequence[str]) -> Table:
     notes = [*table.notes, *([f"Columns that do not fit here: {', '.join(dropped)}."] if dropped else [])]
-    rendered = Table(title=escape(table.title), caption=escape("\n".join(notes)), caption_justify="left")
+    rendered = Table(
+        title=escape(table.title),
+        caption=escape("\n".join(notes)),
+        caption_justify="left",
+        box=SIMPLE_HEAD,
+        show_edge=False,
+        pad_edge=False,
+        collapse_padding=True,
+    )
     for column in table.columns:
         is_text = column.kind == "text"
         rendered.add_column(

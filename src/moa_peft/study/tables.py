@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from moa_peft.errors import UserError
 from moa_peft.study.records import (
+    TRANSFER_SUFFIX,
     MissingRun,
     RunRecord,
     averaged_tasks,
@@ -15,6 +16,7 @@ from moa_peft.study.records import (
     scored_tasks,
 )
 from moa_peft.study.statistics import (
+    SIGNIFICANCE,
     PairedDifference,
     holm,
     macro_average,
@@ -23,6 +25,8 @@ from moa_peft.study.statistics import (
     verdict,
 )
 from moa_peft.study.table_formats import PLUS_MINUS, Column, StudyTable, Value
+
+_REASON_CHARACTERS = 120
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,37 +132,38 @@ def _overview(of_data: _DataSet, question: Question) -> StudyTable:
     measure = question.primary
     tasks = averaged_tasks(of_data.records, measure=measure)
     compared, notes = _compare(of_data, question, measure=measure, tasks=tasks)
-    accuracies = [name for name in scored_measures(of_data.records) if is_accuracy(name) and name != measure]
+    averages = {
+        name: averaged_tasks(of_data.records, measure=name)
+        for name in scored_measures(of_data.records)
+        if name == measure or is_accuracy(name)
+    }
+    accuracies = [name for name, averaged in averages.items() if averaged and name != measure]
     rows = []
     for row, numbers in zip(of_data.rows, compared, strict=True):
         runs = of_data.runs(row)
         beside: dict[str, Value] = {}
         for accuracy in accuracies:
-            mean, deviation = _mean_over_seeds(
-                runs, measure=accuracy, tasks=averaged_tasks(of_data.records, measure=accuracy)
-            )
+            mean, deviation = _mean_over_seeds(runs, measure=accuracy, tasks=averages[accuracy])
             beside |= {f"{accuracy}_mean": mean, f"{accuracy}_deviation": deviation}
         rows.append({**numbers, **beside, **_costs(list(runs.values()))})
     beside_columns = [
-        _mean_column(accuracy, prefix=f"{accuracy}_", lower_is_better=False, priority=1 if number == 0 else 4)
+        _mean_column(accuracy, prefix=f"{accuracy}_", lower_is_better=False, priority=2 if number == 0 else 5)
         for number, accuracy in enumerate(accuracies)
     ]
     columns = (
         _ROW,
-        Column(title="method", keys=("method",), priority=8),
+        Column(title="method", keys=("method",), priority=9),
         _SEEDS,
-        Column(title="parameters", keys=("trainable_parameters",), text="{:,}".format, kind="formula", priority=5),
-        Column(title="learning rate", keys=("learning_rate",), text=_learning_rate, kind="number", priority=7),
+        Column(title="parameters", keys=("trainable_parameters",), text="{:,}".format, kind="formula", priority=1),
+        Column(title="learning rate", keys=("learning_rate",), text=_learning_rate, kind="number", priority=8),
         *_comparison_columns(measure, lower_is_better=question.lower_is_better),
         *beside_columns,
-        Column(title="s/step", keys=("step_seconds",), text="{:.3g}".format, kind="formula", best="low", priority=5),
-        Column(title="memory GiB", keys=("peak_memory_bytes",), text=_gib, kind="formula", best="low", priority=6),
+        Column(title="s/step", keys=("step_seconds",), text="{:.3g}".format, kind="formula", best="low", priority=6),
+        Column(title="memory GiB", keys=("peak_memory_bytes",), text=_gib, kind="formula", best="low", priority=7),
     )
-    apart = [task for task in scored_tasks(of_data.records, measure=measure) if task not in tasks]
-    if apart:
-        notes.append(f"Not in the average: {', '.join(apart)}.")
+    notes += _about_averages(of_data, averages, primary=measure)
     notes += [
-        f"Missing: {run.row}, seed {run.seed} ({run.reason})."
+        f"Missing: {run.row}, seed {run.seed} ({_short(run.reason)})."
         for run in sorted(of_data.missing, key=lambda run: (of_data.rows.index(run.row), run.seed))
     ]
     return StudyTable(title=of_data.data, columns=columns, rows=tuple(rows), notes=tuple(notes))
@@ -213,7 +218,9 @@ def _compare(
                 "high": difference.high,
                 "p_value": difference.p_value,
                 "p_holm": adjusted[row],
-                "verdict": verdict(difference, lower_is_better=lower_is_better, margin=margin),
+                "verdict": verdict(
+                    difference, p_adjusted=adjusted[row], lower_is_better=lower_is_better, margin=margin
+                ),
                 "paired_seeds": difference.num_seeds,
                 "paired_items": difference.num_items,
             }
@@ -240,18 +247,36 @@ def _about(
 ) -> list[str]:
     """What the numbers of a table are."""
     if not tasks:
-        return [f"No finished run on this data was scored by {measure}."]
+        return [f"No finished run on this data was scored by {measure} on a question set that an average covers."]
     better = "lower" if _lower_is_better(measure, question) else "higher"
     over = ", ".join(tasks) if len(tasks) == 1 else f"average over {', '.join(tasks)}, each task counting the same"
     notes = [f"{measure} ({better} is better): mean {PLUS_MINUS} standard deviation over seeds; {over}."]
     if num_tests:
         notes.append(
             f"Differences are row - {question.baseline}, paired by seed and question, with 95 % intervals; p values "
-            f"are adjusted for this table's {num_tests} comparisons (Holm), the intervals and verdicts are not."
+            f"are adjusted for this table's {num_tests} comparisons (Holm), the intervals are not."
         )
-        within = f" and is not within {PLUS_MINUS} {_number(measure, margin)} (the margin)" if margin else ""
-        notes.append(f"Not resolved: the interval holds 0{within}.")
+        resolved = f"the interval excludes 0 and p (Holm) is below {SIGNIFICANCE}. Not resolved: everything else."
+        if margin is None:
+            notes.append(f"Better, worse: {resolved}")
+        else:
+            inside = f"the interval is within {PLUS_MINUS} {_number(measure, margin)} (the margin)"
+            notes.append(f"Equivalent: {inside}. Better, worse: it is not, {resolved}")
     return notes
+
+
+def _about_averages(of_data: _DataSet, averages: Mapping[str, tuple[str, ...]], *, primary: str) -> list[str]:
+    """Which question sets the measures beside the primary average, and which sets no average covers."""
+    notes = []
+    for measure, tasks in averages.items():
+        if tasks and measure != primary:
+            same = set(tasks) == set(averages.get(primary, ()))
+            notes.append(f"{measure}: average over {f'the same sets as {primary}' if same else ', '.join(tasks)}.")
+    covered = {task for tasks in averages.values() for task in tasks}
+    scored = dict.fromkeys(task for measure in averages for task in scored_tasks(of_data.records, measure=measure))
+    transfer = f"{TRANSFER_SUFFIX.removesuffix(')')}; no training rows of its kind)"
+    apart = [task.replace(TRANSFER_SUFFIX, transfer) for task in scored if task not in covered]
+    return [*notes, *([f"Not in the average: {', '.join(apart)}."] if apart else [])]
 
 
 def _reservations(of_data: _DataSet, baseline: str, differences: Mapping[str, PairedDifference]) -> list[str]:
@@ -264,6 +289,11 @@ def _reservations(of_data: _DataSet, baseline: str, differences: Mapping[str, Pa
         if len(paired) < max(len(of_data.runs(row)), len(of_data.runs(baseline))):
             seeds = ", ".join(map(str, paired))
             notes.append(f"{row}: the difference is over the seeds that both rows have ({seeds}).")
+    identical = [row for row, difference in differences.items() if difference.identical]
+    if identical:
+        notes.append(
+            f"Equivalent, with the same value as {baseline} at every question and seed: {', '.join(identical)}."
+        )
     one_seed = [row for row, difference in differences.items() if not difference.seeds_resampled]
     if one_seed:
         notes.append(
@@ -301,7 +331,7 @@ def _lower_is_better(measure: str, question: Question) -> bool:
 
 
 _DIFFERENCE_KEYS = ("difference", "low", "high", "p_value", "p_holm", "verdict", "paired_seeds", "paired_items")
-_ROW = Column(title="row", keys=("row",), width=16)
+_ROW = Column(title="row", keys=("row",), width=20)
 _SEEDS = Column(
     title="seeds",
     keys=("seeds", "seeds_asked"),
@@ -323,7 +353,7 @@ def _comparison_columns(measure: str, *, lower_is_better: bool) -> tuple[Column,
             ),
             kind="formula",
         ),
-        Column(title="p (Holm)", keys=("p_holm",), text="{:.2g}".format, kind="number", priority=2),
+        Column(title="p (Holm)", keys=("p_holm",), text="{:.2g}".format, kind="number", priority=4),
         Column(title="verdict", keys=("verdict",), width=8),
     )
 
@@ -347,6 +377,11 @@ def _number(measure: str, value: float, *, sign: str = "") -> str:
 
 def _learning_rate(value: float | str) -> str:
     return value if isinstance(value, str) else f"{value:.3g}"
+
+
+def _short(reason: str) -> str:
+    text = " ".join(reason.split())
+    return text if len(text) <= _REASON_CHARACTERS else f"{text[: _REASON_CHARACTERS - 3].rstrip()}..."
 
 
 def _gib(value: int) -> str:

@@ -9,6 +9,7 @@ import sys
 import traceback
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,16 +17,18 @@ from filelock import FileLock, Timeout
 from rich.console import Console
 
 from moa_peft.adapter_loading import load_adapter
+from moa_peft.environment import library_versions
 from moa_peft.evaluation.folder import EvaluationFolder
 from moa_peft.evaluation.run import score_sets
 from moa_peft.files import write_atomically
 from moa_peft.study.data import StudyData
 from moa_peft.study.jobs import Job, StudyFolder, job_digest, job_recipe
-from moa_peft.study.records import ItemScores, RunRecord
+from moa_peft.study.records import TRANSFER_SUFFIX, ItemScores, RunRecord
 from moa_peft.study.spec import StudySpec
 from moa_peft.training import TrainRecipe, train
 from moa_peft.training.interrupts import TrainingInterrupted
 from moa_peft.training.run_folder import RUN_FILE
+from moa_peft.training.trainer import LossNotFinite
 
 EXIT_BUSY = 75
 """Another process works on this job."""
@@ -64,22 +67,17 @@ def work(spec: StudySpec, job: Job, data: StudyData, folder: StudyFolder, thread
 
 def do_job(spec: StudySpec, job: Job, data: StudyData, folder: StudyFolder, *, console: Console) -> None:
     """Train what is not trained yet, score what is not scored yet, write the result file."""
-    run = folder.run(job)
-    recipe = job_recipe(spec, job, data=data, output_dir=str(run))
     digest = job_digest(spec, job, data={job.data: data})
-    trained = _train(recipe, folder, job, console)
-    result: dict[str, Any] = {
-        "digest": digest,
-        "recipe": recipe.to_dict(),
-        "versions": trained["versions"],
-        "hardware": trained["hardware"],
-    }
+    run = folder.run(job, digest)
+    recipe = job_recipe(spec, job, data=data, output_dir=str(run))
+    result: dict[str, Any] = {"digest": digest, "recipe": recipe.to_dict(), "versions": library_versions()}
     result["recipe"].pop("output_dir")
     if job.kind == "search":
-        result["validation_loss"] = trained["results"]["validation_loss"]
-        result["train_loss"] = trained["results"]["train_loss"]
+        result |= _search(recipe, run, console)
     else:
-        result["record"] = _score(job, recipe, data, folder, trained, console).to_dict()
+        trained = _train(recipe, run, console)
+        result["hardware"] = trained["hardware"]
+        result["record"] = _score(job, recipe, data, run, trained, console).to_dict()
     file = folder.result(job)
     file.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(file, json.dumps(result, ensure_ascii=False) + "\n")
@@ -88,42 +86,56 @@ def do_job(spec: StudySpec, job: Job, data: StudyData, folder: StudyFolder, *, c
     shutil.rmtree(run / "checkpoints", ignore_errors=True)
 
 
-def _train(recipe: TrainRecipe, folder: StudyFolder, job: Job, console: Console) -> dict[str, Any]:
+def _search(recipe: TrainRecipe, run: Path, console: Console) -> dict[str, Any]:
+    """What a try of a learning rate came to; without a loss where training diverged."""
+    try:
+        trained = _train(recipe, run, console)
+    except LossNotFinite as error:
+        console.print(error, markup=False)
+        return {"validation_loss": None, "train_loss": None, "hardware": None}
+    losses = {name: trained["results"][name] for name in ("validation_loss", "train_loss")}
+    return {**losses, "hardware": trained["hardware"]}
+
+
+def _train(recipe: TrainRecipe, run: Path, console: Console) -> dict[str, Any]:
     """The record of the job's training run, which is trained, or trained to its end, if that is missing."""
-    file = folder.run(job) / RUN_FILE
+    file = run / RUN_FILE
     if file.is_file():
         before = json.loads(file.read_text(encoding="utf-8"))
         if before.get("status") == "completed":
             return before
         recipe.options.resume = True
+    else:
+        # A process that was killed at the very start leaves a folder without a record.
+        shutil.rmtree(run, ignore_errors=True)
     train(recipe, console=console)
     recipe.options.resume = False
     return json.loads(file.read_text(encoding="utf-8"))
 
 
 def _score(
-    job: Job, recipe: TrainRecipe, data: StudyData, folder: StudyFolder, trained: Mapping[str, Any], console: Console
+    job: Job, recipe: TrainRecipe, data: StudyData, run: Path, trained: Mapping[str, Any], console: Console
 ) -> RunRecord:
     options = recipe.options
     loaded = load_adapter(
-        folder.run(job),
+        run,
         base=options.model,
         dtype=options.dtype,
         attn_implementation=options.attn_implementation,
         quantization=options.quantization,
         trust_remote_code=options.trust_remote_code,
     )
-    evaluation = EvaluationFolder(folder.run(job) / "evaluation")
-    sets = {questions.name: {"digest": questions.digest} for questions in data.sets}
+    evaluation = EvaluationFolder(run / "evaluation")
+    # The run's folder belongs to one digest of everything that decides its predictions.
     with evaluation.locked():
-        evaluation.open({"template": data.settings.template}, sets=sets, overwrite=False)
+        evaluation.open({}, sets={questions.name: {} for questions in data.sets}, command="moa compare")
         for questions in data.sets:
             settings = replace(data.settings, scorings=data.scorings(questions))
             scores = score_sets(
                 loaded.model, loaded.tokenizer, [questions], settings, folder=evaluation, console=console
             )
             console.print(scores)
-        evaluation.write(command="moa compare", complete=True)
+        evaluation.write(complete=True)
     results, arguments = trained["results"], trained["training_arguments"]
     rows = arguments["per_device_train_batch_size"] * arguments["gradient_accumulation_steps"]
     return RunRecord(
@@ -146,6 +158,7 @@ def _score(
 def _item_scores(data: StudyData, evaluation: EvaluationFolder) -> list[ItemScores]:
     found = []
     for questions in data.sets:
+        name = questions.name + (TRANSFER_SUFFIX if questions.name in data.transfer else "")
         for scoring in data.scorings(questions):
             records = evaluation.predictions(questions.name, scoring).read()
             parts: dict[str | None, set[int] | None] = {None: None}
@@ -155,7 +168,7 @@ def _item_scores(data: StudyData, evaluation: EvaluationFolder) -> list[ItemScor
                 for measure, values in _measures(scoring, chosen).items():
                     found.append(
                         ItemScores(
-                            task=questions.name if part is None else f"{questions.name} ({part})",
+                            task=name if part is None else f"{name} ({part})",
                             measure=measure,
                             items=tuple(str(record.index) for record in chosen),
                             values=values,

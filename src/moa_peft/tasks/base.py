@@ -107,6 +107,11 @@ SUITES: Mapping[str, tuple[str, ...]] = MappingProxyType(
     {suite: tuple(task.name for task in _ALL if task.suite == suite) for suite in ("math", "commonsense")}
 )
 
+
+def _key(word: str) -> str:
+    return re.sub(r"[^a-z0-9]", "", word.lower())
+
+
 # Other names in use, without punctuation and in lower case.
 _ALIASES = {
     "gsm": "gsm8k",
@@ -121,9 +126,7 @@ _ALIASES = {
     "openbook": "openbookqa",
 }
 _NAMES_BY_KEY: Mapping[str, tuple[str, ...]] = MappingProxyType(
-    {key: (name,) for key, name in _ALIASES.items()}
-    | {re.sub(r"[^a-z0-9]", "", name.lower()): (name,) for name in TASKS}
-    | dict(SUITES)
+    {key: (name,) for key, name in _ALIASES.items()} | {_key(name): (name,) for name in TASKS} | dict(SUITES)
 )
 
 
@@ -142,13 +145,19 @@ def select_tasks(words: Sequence[str]) -> list[Task]:
         raise UserError(f"tasks: none is given; name at least one task or suite. {known}")
     names: dict[str, None] = {}
     for word in words:
-        key = re.sub(r"[^a-z0-9]", "", word.lower())
+        key = _key(word)
         if key not in _NAMES_BY_KEY:
             near = [name for match in get_close_matches(key, _NAMES_BY_KEY, n=3) for name in _shown(match)]
             hint = f"Did you mean {' or '.join(dict.fromkeys(near))}? " if near else ""
             raise UserError(f"tasks: there is no task or suite {word!r}. {hint}{known}")
         names.update(dict.fromkeys(_NAMES_BY_KEY[key]))
     return [TASKS[name] for name in names]
+
+
+def find_task(word: str) -> Task | None:
+    """The task of that name, in any of its spellings; None where there is none."""
+    names = _NAMES_BY_KEY.get(_key(word), ())
+    return TASKS[names[0]] if len(names) == 1 else None
 
 
 def _shown(key: str) -> tuple[str, ...]:

@@ -90,14 +90,16 @@ class RunFolder:
         """Create the folder, under `overwrite` without the earlier run; write the recipe and the record (running)."""
         if self.path.is_dir() and recipe.options.overwrite:
             self._remove_run()
-        self.checkpoints.mkdir(parents=True, exist_ok=True)
+        self.path.mkdir(parents=True, exist_ok=True)
         self._record = {"format": RUN_FORMAT, "status": "running", "started": now(), **record}
         if recipe.options.resume:
             before = self.read_record()
             self._record["started"] = before.get("started", self._record["started"])
             self._record["resumed"] = [*before.get("resumed", []), now()]
             self._record["files"] = before.get("files", [])
+        # First of all: a folder with a record can be resumed or replaced, one without is somebody else's.
         self._write_record()
+        self.checkpoints.mkdir(exist_ok=True)
         text = yaml.safe_dump(recipe.to_dict(), sort_keys=False, allow_unicode=True)
         write_atomically(self.path / RECIPE_FILE, f"# moa train {self.path / RECIPE_FILE}\n{text}")
 

@@ -20,6 +20,10 @@ from moa_peft.training.labelled_positions import only_labelled_positions
 from moa_peft.training.optimizer_groups import parameter_groups
 
 
+class LossNotFinite(UserError):
+    """Training diverged."""
+
+
 class MoATrainer(Trainer):
     """`transformers.Trainer` for causal language models on tokenised rows with labels.
 
@@ -144,7 +148,7 @@ class MoATrainer(Trainer):
         loss = logs.get("loss", logs.get("eval_loss"))
         super().log(logs, start_time)
         if loss is not None and not math.isfinite(loss):
-            raise UserError(
+            raise LossNotFinite(
                 f"training: the loss became {loss} by step {self.state.global_step}.\n"
                 "Lower learning_rate, lengthen the warm-up, set max_grad_norm: 1.0, or use dtype: bfloat16 instead of "
                 "float16."

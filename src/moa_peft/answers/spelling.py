@@ -1,0 +1,52 @@
+"""One spelling for numbers: signs, digits, fractions, powers and operators as the patterns of `numbers` read them."""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+
+from moa_peft.answers.latex import plain_latex
+
+_FULL_WIDTH_ZERO = 0xFF10
+_CHARACTERS = str.maketrans(
+    {"\u2212": "-", "\u2013": "-", "\ufe63": "-", "\uff0d": "-", "\u2044": "/", "\ufe69": "$", "\uff04": "$"}
+    | {chr(_FULL_WIDTH_ZERO + digit): str(digit) for digit in range(10)}
+)
+_NARROW_SPACE = re.compile(r"(?<=[0-9])[\u00a0\u202f\u2009](?=[0-9]{3}(?![0-9]))")
+_BLANK_GROUPS = re.compile(r"(?<![0-9.,/])[1-9][0-9]{0,2}(?: [0-9]{3}){1,6}(?![0-9/])")
+_SUPERSCRIPT = re.compile("(?<=[0-9)])[\u00b2\u00b3]")
+_VULGAR_FRACTION = re.compile("[\u00bc-\u00be\u2150-\u215e]")
+_ABBREVIATION = re.compile(r"\b(?:Rs|No|approx|ca|about)\.\s*", re.IGNORECASE)
+_REWRITTEN = (
+    (re.compile(r"(?<=[0-9)])\s?\*\*\s?(?=[0-9(])"), "^"),
+    (re.compile(r"(?<![\\A-Za-z])sqrt\s?\(([0-9.]{1,20})\)"), r"\\sqrt{\1}"),
+    # "3 x 10^8" is one number.
+    (
+        re.compile(r"(?<=[0-9])\s{0,2}(?:[x*\u00d7]|\\times|\\cdot)\s{0,2}10\s?\^\s?(\{)?([+-]?[0-9]{1,3})(?(1)\})"),
+        r"e\2",
+    ),
+    (re.compile(r"(?<=[0-9])\s+plus\s+(?=[$0-9])"), " + "),
+    (re.compile(r"(?<=[0-9])\s+minus\s+(?=[$0-9])"), " - "),
+    (re.compile(r"(?<=[0-9])\s+times\s+(?=[$0-9])"), " * "),
+    (re.compile(r"(?<=[0-9])\s+divided\s+by\s+(?=[$0-9])"), " / "),
+    (re.compile(r"\bnegative\s+(?=[$.0-9])", re.IGNORECASE), "-"),
+    (re.compile(r"(?:(?<=\bis )|(?<==)|(?<== ))minus\s+(?=[$.0-9])", re.IGNORECASE), "-"),
+)
+
+
+def plain_numbers(text: str) -> str:
+    """The text with numbers and operators in ASCII, LaTeX in plain text where possible, and "3e8" for "3 x 10^8"."""
+    text = _NARROW_SPACE.sub("", text.translate(_CHARACTERS)).replace("\u00a0", " ").replace("\u202f", " ")
+    text = _VULGAR_FRACTION.sub(
+        lambda match: " " + unicodedata.normalize("NFKC", match[0]).replace("\u2044", "/"), text
+    )
+    text = _SUPERSCRIPT.sub(lambda match: "^2" if match[0] == "\u00b2" else "^3", text)
+    text = _ABBREVIATION.sub(" ", plain_latex(text))
+    for pattern, plain in _REWRITTEN:
+        text = pattern.sub(plain, text)
+    return text
+
+
+def join_groups(part: str) -> str:
+    """A statement with "1 234 567" as one number; in running text "5 100 200" may be three."""
+    return _BLANK_GROUPS.sub(lambda match: match[0].replace(" ", ""), part)

@@ -1,0 +1,59 @@
+"""Numbers in words: "twelve", "twenty-five", "two hundred and six", "three thousand".
+
+Words are read only where a text states its answer: in running text "one" and "two" mostly count what was not asked.
+"""
+
+from __future__ import annotations
+
+import re
+
+# fmt: off
+_SMALL = (
+    "zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve",
+    "thirteen", "fourteen", "fifteen", "sixteen", "seventeen", "eighteen", "nineteen",
+)
+# fmt: on
+_TENS = ("twenty", "thirty", "forty", "fifty", "sixty", "seventy", "eighty", "ninety")
+_VALUES = {word: float(value) for value, word in enumerate(_SMALL)} | {
+    word: 10.0 * value for value, word in enumerate(_TENS, start=2)
+}
+SCALES = {"hundred": 1e2, "thousand": 1e3, "million": 1e6, "billion": 1e9, "trillion": 1e12}
+
+_WORD = rf"(?:{'|'.join((*_VALUES, *SCALES))})\b"
+_AND = r"(?:(?<=hundred)|(?<=thousand)|(?<=million)) and "
+_NUMBER = re.compile(
+    rf"\b(?P<sign>(?:negative|minus) )?(?P<words>(?:a )?{_WORD}(?:(?:[ -]|{_AND}){_WORD})*)", re.IGNORECASE
+)
+# "two thirds" and "one and a half" are other numbers, "one of them" and "two-step" are none.
+_OTHER = re.compile(
+    r"-[a-z]| (?:half|halves|thirds?|quarters?|(?:four|fif|six|seven|eigh|nin|ten)ths?|and a (?:half|third|quarter))\b"
+    r"|(?<=\bone)\s+(?:of|or|who|which|that)\b",
+    re.IGNORECASE,
+)
+
+
+def first_number_in_words(text: str) -> tuple[float, re.Match[str]] | None:
+    """The first number that a text has in words, and where it stands.
+
+    Returns:
+        Its value and its place; None where there is none, or where it is a part of a fraction or a mere "one".
+    """
+    match = _NUMBER.search(text)
+    if match is None or _OTHER.match(text, match.end()) or (match[0].lower() == "one" and match.start() > 0):
+        return None
+    value = _value(re.findall(_WORD, match["words"].lower()))
+    return (-value if match["sign"] else value), match
+
+
+def _value(words: list[str]) -> float:
+    """What words add up to: those before a "thousand" are multiplied by it, a "hundred" multiplies its own group."""
+    total = group = 0.0
+    for word in words:
+        if word == "hundred":
+            group = (group or 1) * 100
+        elif word in SCALES:
+            total += (group or 1) * SCALES[word]
+            group = 0.0
+        else:
+            group += _VALUES[word]
+    return total + group

@@ -1,0 +1,30 @@
+"""What identifies a model, so that an evaluation goes on with the same one only."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+from moa_peft.base_models import weights_digest
+
+
+def adapter_digest(folder: Path) -> str | None:
+    """SHA-256 of an adapter's weights and configuration; None where the folder holds no adapter."""
+    digest = hashlib.sha256()
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        if not (folder / name).is_file():
+            return None
+        with (folder / name).open("rb") as stream:
+            digest.update(hashlib.file_digest(stream, "sha256").digest())
+    return digest.hexdigest()
+
+
+def base_digest(model: Any) -> str | None:
+    """What identifies the base of a loaded model: the digest of its folder, or the commit it has on the hub."""
+    config = model.config
+    name = getattr(config, "_name_or_path", "")
+    if name and Path(name).is_dir():
+        return weights_digest(name)
+    commit = getattr(config, "_commit_hash", None)
+    return f"{name}@{commit}" if name else None
