@@ -48,7 +48,7 @@ def test_the_smoke_study_ends_in_tables(finished: Path) -> None:
     assert names <= {path.name for path in finished.iterdir()}
     results = json.loads((finished / "results.json").read_text())
     assert results["seeds"] == [0, 1] and results["missing"] == [] and results["budget_mismatches"] == []
-    assert results["command"].startswith("moa ") and "torch" in results["versions"]
+    assert results["command"].startswith(f"moa compare {SMOKE} --data") and "torch" in results["versions"]
     assert [(row["data"], row["row"]) for row in results["rows"]] == [("sums", "soft_moa"), ("sums", "lora")]
     runs = {(run["row"], run["seed"]): run for run in results["runs"]}
     assert set(runs) == {(row, seed) for row in ("soft_moa", "lora") for seed in (0, 1)}

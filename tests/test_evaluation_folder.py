@@ -100,6 +100,7 @@ def test_tasks_and_scorings_are_added(files: Path, tmp_path: Path, capsys: pytes
     assert evaluate(files, out, "--scoring", "nll") == 0
     assert evaluate(files, out, "--tasks", "arc_easy,addsub", "--scoring", "nll") == 0
     assert evaluate(files, out, "--tasks", "arc_easy", "--scoring", "loglikelihood") == 0
+    assert [command.split()[:2] for command in results(out)["commands"]] == [["moa", "eval"]] * 4
     shown = capsys.readouterr().out
     assert "nats per token" in shown and "choice %" in shown
     sets = results(out)["sets"]

@@ -84,7 +84,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # Deprecations inside these libraries are nothing the user of a command can act on.
         warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|peft|trl|torch)\b")
     try:
-        code = app(words, standalone_mode=False)
+        code = app(words, standalone_mode=False, obj=words)
     except Exception as error:
         if hasattr(error, "show") and hasattr(error, "exit_code"):
             # A wrong option or command; newer typer brings its own copy of click, so the class has no fixed home.

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import os
-import shlex
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
 
+from moa_peft.cli.command_line import command_line
 from moa_peft.errors import UserError
 
 if TYPE_CHECKING:
@@ -21,6 +20,7 @@ EXIT_INCOMPLETE = 1
 
 
 def compare(
+    context: typer.Context,
     study: Annotated[Path, typer.Argument(help="YAML file; see the folder studies/.", metavar="STUDY.yaml")],
     output: Annotated[
         Path, typer.Option(help="Folder of the study. One that exists is continued, never overwritten.")
@@ -88,7 +88,7 @@ def compare(
         console=console,
         limit_s=None if minutes is None else minutes * 60,
     )
-    _report(work, outcome, command=shlex.join(["moa", *sys.argv[1:]]), console=console)
+    _report(work, outcome, command=command_line(context), console=console)
     if outcome.missing or outcome.failed:
         raise typer.Exit(EXIT_INCOMPLETE)
 

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import os
-import shlex
-import sys
 from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from moa_peft.cli.command_line import command_line
 from moa_peft.errors import UserError
 
 if TYPE_CHECKING:
@@ -21,6 +20,7 @@ if TYPE_CHECKING:
 
 
 def evaluate(
+    context: typer.Context,
     model: Annotated[
         str,
         typer.Argument(
@@ -149,7 +149,7 @@ def evaluate(
         if folder is not None:
             about_sets = {questions.name: _about_set(questions) for questions in sets}
             about_sets |= {} if code is None else code.about()
-            folder.open(about, sets=about_sets, command=_command(), overwrite=overwrite)
+            folder.open(about, sets=about_sets, command=command_line(context), overwrite=overwrite)
         _score(loaded, sets, settings, folder=folder, title=model, console=console)
         if code is not None:
             scores = score_code_tasks(loaded, code, folder=folder, batch_size=batch_size, console=console)
@@ -265,7 +265,3 @@ def _words(text: str) -> list[str]:
 def _check_choice(name: str, value: str | None, allowed: tuple[str, ...]) -> None:
     if value is not None and value not in allowed:
         raise UserError(f"{name}: {value!r} is not allowed; give one of {', '.join(allowed)}.")
-
-
-def _command() -> str:
-    return shlex.join(["moa", *sys.argv[1:]])
