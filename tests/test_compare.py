@@ -60,6 +60,8 @@ def test_the_smoke_study_ends_in_tables(finished: Path) -> None:
     for seed in (0, 1):
         assert runs["soft_moa", seed]["tokens"] == runs["lora", seed]["tokens"]
     assert runs["lora", 0]["validation_loss"] != runs["lora", 1]["validation_loss"]
+    for file in (*finished.glob("records/*.json"), *finished.glob("search/*.json")):
+        assert str(finished) not in file.read_text() and "path" not in json.loads(file.read_text())["recipe"]["data"]
     table = (finished / "table.md").read_text()
     assert "soft_moa" in table and "lora" in table
 

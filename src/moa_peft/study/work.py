@@ -71,7 +71,9 @@ def do_job(spec: StudySpec, job: Job, data: StudyData, folder: StudyFolder, *, c
     run = folder.run(job, digest)
     recipe = job_recipe(spec, job, data=data, output_dir=str(run))
     result: dict[str, Any] = {"digest": digest, "recipe": recipe.to_dict(), "versions": library_versions()}
+    # Places on this machine say nothing of the result; its rows are in the digest.
     result["recipe"].pop("output_dir")
+    result["recipe"]["data"].pop("path")
     if job.kind == "search":
         result |= _search(recipe, run, console)
     else:
