@@ -176,6 +176,7 @@ def test_a_run_that_fails_is_named_and_the_others_are_kept(
         ({"seeds": [1, 1]}, "has 1 twice"),
         ({"rows": {"soft_moa": {}, "lo/ra": {}}}, "'lo/ra' is not allowed"),
         ({"primary": "accuracy"}, "measured by loglikelihood"),
+        ({"rows": {"soft_moa": {}, "lora": {"seeds": [7]}}}, "no seed in common"),
         ({"rows": {"soft_moa": {}, "lora": {"recipe": {"max_steps": 1}}}}, "one budget"),
         ({"rows": {"soft_moa": {}, "lora": {"recipe": {"learning_rate": 1e-3}}}}, "learning_rate and search"),
         ({"search": {"data": "sum", "learning_rate": [1], "max_steps": 1}}, "Did you mean 'sums'"),
@@ -248,6 +249,30 @@ def test_sets_without_training_rows_are_reported_apart(tmp_path: Path) -> None:
     work = Study(parse_study(content), roots=[SMOKE.parent], output=tmp_path / "out")
     (record,) = work.run(processes=1, threads=1, console=Console(quiet=True)).records
     assert {scores.task for scores in record.scores} >= {"AddSub (transfer)"}
+    # It is a matter of the report, so it may change afterwards.
+    del content["data"]["sums"]["transfer"]
+    again = Study(parse_study(content), roots=[SMOKE.parent], output=tmp_path / "out")
+    assert again.jobs()[0] == [] and again.outcome().records[0].scores[0].task == "AddSub"
+    content["data"]["sums"]["transfer"] = ["boolq"]
+    with pytest.raises(UserError, match="transfer names 'boolq'"):
+        Study(parse_study(content), roots=[SMOKE.parent], output=tmp_path / "out")
+
+
+def test_records_are_made_of_what_texts_say(finished: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    shutil.copytree(finished, out)
+    for file in out.glob("runs/*/evaluation/AddSub.generate.jsonl"):
+        lines = [json.loads(line) for line in file.read_text().splitlines()]
+        claimed = [line | {"correct": {"strict": True, "flexible": True}} for line in lines]
+        file.write_text("".join(json.dumps(line) + "\n" for line in claimed))
+    for file in out.glob("records/*.json"):
+        file.unlink()
+    assert main(["compare", str(SMOKE), "--data", str(SMOKE.parent), "--output", str(out)]) == 0
+    for file in out.glob("records/*.json"):
+        assert (
+            json.loads(file.read_text())["record"]["scores"]
+            == (json.loads((finished / "records" / file.name).read_text())["record"]["scores"])
+        )
 
 
 @pytest.mark.parametrize(

@@ -201,6 +201,26 @@ def test_predictions_of_unknown_origin_are_not_adopted(
     assert evaluate(files, out) == 0 and results(out)["sets"] == before
 
 
+def test_likelihoods_are_checked_and_choices_follow_from_them(
+    files: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    words = ["--tasks", "arc_easy", "--scoring", "loglikelihood,nll"]
+    assert evaluate(files, out, *words) == 0
+    before = results(out)["sets"]
+    file = out / "ARC-Easy.loglikelihood.jsonl"
+    lines = [json.loads(line) for line in file.read_text().splitlines()]
+    file.write_text("".join(json.dumps(line | {"correct": {"choice": True}}) + "\n" for line in lines))
+    assert evaluate(files, out, *words) == 0 and results(out)["sets"] == before
+    nll = out / "ARC-Easy.nll.jsonl"
+    whole = nll.read_text()
+    for wrong in ({"nll": -5.0}, {"num_tokens": 0}, {"nll": float("nan")}):
+        first, *others = (json.loads(line) for line in whole.splitlines())
+        nll.write_text("".join(json.dumps(line) + "\n" for line in (first | wrong, *others)))
+        capsys.readouterr()
+        assert evaluate(files, out, *words) == 2 and "cannot be" in capsys.readouterr().err
+
+
 def test_questions_longer_than_the_model_are_refused_by_every_scoring(
     files: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 PACKAGED = "packaged"
 _DIGEST_PIECES = 64
 _DIGEST_PIECE_BYTES = 2**16
+_DIGEST_SUFFIXES = {".json", ".jinja", ".model", ".safetensors", ".bin"}
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 Quantization = Literal["none", "8bit", "4bit"]
@@ -144,16 +145,14 @@ def load_model(
 
 
 def weights_digest(folder: str | Path) -> str:
-    """SHA-256 over a model folder's configuration and samples of its weights, to notice that a model has changed.
+    """SHA-256 over samples of the files of a model folder, to notice that the model or its tokenizer has changed.
 
-    Of every weight file its size, its header and 64 pieces of 64 KiB count: the whole of a small model, and a moment's
-    reading of a large one.
+    Of every file its size and 64 pieces of 64 KiB count: the whole of a small one, and a moment's reading of a large
+    one.
     """
     digest = hashlib.sha256()
     path = Path(folder).expanduser()
-    for file in sorted([path / "config.json", *path.glob("*.safetensors"), *path.glob("*.bin")]):
-        if not file.is_file():
-            continue
+    for file in sorted(file for file in path.iterdir() if file.suffix in _DIGEST_SUFFIXES):
         size = file.stat().st_size
         digest.update(f"{file.name} {size}\n".encode())
         with file.open("rb") as stream:

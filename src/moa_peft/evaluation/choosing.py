@@ -86,7 +86,9 @@ def choose_options(
         for index in sorted({owners[place][0] for place in batch}):
             if all((index, option) in found for option in options[index]):
                 likelihoods = [found[index, option].log_prob for option in options[index]]
-                complete.append(_choice(index, examples[index], references[index], options[index], likelihoods))
+                complete.append(
+                    choice_of(index, examples[index].question, references[index], options[index], likelihoods)
+                )
         choices.update((choice.index, choice) for choice in complete)
         if on_batch is not None and complete:
             on_batch(complete)
@@ -99,13 +101,14 @@ def _answered(example: Example, statement: str) -> Example:
     return replace(example, messages=(*example.prompt_messages, Message("assistant", statement)))
 
 
-def _choice(
-    index: int, example: Example, reference: str, options: tuple[str, ...], likelihoods: Sequence[float]
+def choice_of(
+    index: int, question: str, reference: str, options: tuple[str, ...], likelihoods: Sequence[float]
 ) -> Choice:
+    """The choice that follows from the likelihoods of a question's options."""
     answer = options[max(range(len(options)), key=likelihoods.__getitem__)]
     return Choice(
         index=index,
-        question=example.question,
+        question=question,
         reference=reference,
         choices=options,
         log_likelihoods=tuple(likelihoods),

@@ -7,6 +7,7 @@ batch by batch, so an interrupted evaluation goes on with the questions whose in
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
@@ -72,6 +73,12 @@ class Choice:
     answers: dict[str, str | None]
     correct: dict[str, bool]
 
+    def is_possible(self) -> bool:
+        """Whether the numbers are log-likelihoods, one for each option."""
+        return len(self.choices) == len(self.log_likelihoods) and all(
+            math.isfinite(value) and value <= 0 for value in self.log_likelihoods
+        )
+
     def to_dict(self) -> dict[str, Any]:
         """The fields by name."""
         return asdict(self)
@@ -92,6 +99,10 @@ class ReferenceLikelihood:
     question: str
     nll: float
     num_tokens: int
+
+    def is_possible(self) -> bool:
+        """Whether the numbers are a negative log-likelihood and a number of tokens."""
+        return self.num_tokens >= 1 and math.isfinite(self.nll) and self.nll >= 0
 
     @property
     def nll_per_token(self) -> float:

@@ -13,9 +13,9 @@ from transformers import PreTrainedTokenizerBase
 from moa_peft.data import Template
 from moa_peft.errors import UserError
 from moa_peft.evaluation.answering import answer_questions, check_lengths, predict
-from moa_peft.evaluation.choosing import choose_options
+from moa_peft.evaluation.choosing import choice_of, choose_options
 from moa_peft.evaluation.folder import EvaluationFolder
-from moa_peft.evaluation.predictions import KINDS, Prediction, Record
+from moa_peft.evaluation.predictions import KINDS, Choice, Prediction, Record
 from moa_peft.evaluation.question_sets import QuestionSet
 from moa_peft.evaluation.reference_nll import reference_likelihoods
 from moa_peft.evaluation.references import agreeing_rows, reference_answers
@@ -153,12 +153,19 @@ def _amounts(scoring: str, records: Sequence[Any]) -> dict[str, Any]:
     return mean_nll(records) if scoring == "nll" else Score(records).to_dict()
 
 
-def _checked(record: Any, questions: QuestionSet, wanted: set[int], path: Path) -> Any:
-    """A prediction from a file, if it is of this set; what follows from its text is read anew.
+def stored_predictions(folder: EvaluationFolder, questions: QuestionSet, scoring: str) -> list[Any]:
+    """The predictions of a set that are in a folder, checked; what follows from them is computed anew.
 
     Raises:
-        UserError: it answers another question, or one that is not scored.
+        UserError: one is damaged, answers another question, or one that is not scored.
     """
+    file = folder.predictions(questions.name, scoring)
+    wanted = set(wanted_rows(questions, scoring))
+    return [_checked(record, questions, wanted, file.path) for record in file.read()]
+
+
+def _checked(record: Any, questions: QuestionSet, wanted: set[int], path: Path) -> Any:
+    """A prediction from a file, if it is of this set."""
     if record.index not in wanted or record.question != questions.examples[record.index].question:
         raise UserError(
             f"{str(path)!r} holds a prediction for question {record.index} that is not of this set.\n"
@@ -169,6 +176,17 @@ def _checked(record: Any, questions: QuestionSet, wanted: set[int], path: Path) 
         (reference,) = reference_answers([questions.examples[record.index]], format)
         return predict(
             record.index, record.question, reference, record.output, format=format, legacy="legacy" in record.answers
+        )
+    possible = record.is_possible()
+    if isinstance(record, Choice):
+        (reference,) = reference_answers([questions.examples[record.index]], questions.task.format)
+        options = questions.task.row_choices(questions.examples[record.index])
+        possible = possible and tuple(record.choices) == options
+        record = choice_of(record.index, record.question, reference, options, record.log_likelihoods)
+    if not possible:
+        raise UserError(
+            f"{str(path)!r} is damaged: the prediction for question {record.index} cannot be.\n"
+            "Delete the file to score its questions again."
         )
     return record
 
@@ -184,7 +202,7 @@ def _predictions(
 ) -> list[Any]:
     file = None if folder is None else folder.predictions(questions.name, scoring)
     wanted = wanted_rows(questions, scoring)
-    before = [] if file is None else [_checked(record, questions, set(wanted), file.path) for record in file.read()]
+    before = [] if folder is None else stored_predictions(folder, questions, scoring)
     done = {record.index for record in before}
     missing = [index for index in wanted if index not in done]
     if console is not None:

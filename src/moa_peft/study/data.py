@@ -80,6 +80,12 @@ def prepare_data(spec: DataSpec, *, roots: Sequence[Path], file: Path, template:
         batch_size=spec.batch_size,
     )
     check_sets(sets, settings)
+    for key in ("transfer", "generate_tasks"):
+        named = getattr(spec, key) or ()
+        others = [task.name for task in select_tasks(named)] if named else []
+        unknown = [name for name in others if name not in {questions.name for questions in sets}]
+        if unknown:
+            raise UserError(f"study: {key} names {unknown[0]!r}, which is not among the tasks. Add it there too.")
     chosen = select_tasks(spec.tasks if spec.generate_tasks is None else spec.generate_tasks)
     return StudyData(
         train_path=train_path,

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from moa_peft.errors import UserError
@@ -165,6 +165,17 @@ class MissingRun:
     data: str
     seed: int
     reason: str = "not finished"
+
+
+def named_transfer(record: RunRecord, transfer: Collection[str]) -> RunRecord:
+    """The record with the question sets in `transfer`, and their parts, named as such."""
+    scores = [
+        replace(scores, task=f"{scores.task}{TRANSFER_SUFFIX}")
+        if scores.task.partition(" (")[0] in transfer
+        else scores
+        for scores in record.scores
+    ]
+    return replace(record, scores=tuple(scores))
 
 
 def is_accuracy(measure: str) -> bool:

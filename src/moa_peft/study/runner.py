@@ -35,7 +35,7 @@ from moa_peft.study.jobs import (
     run_jobs,
     search_jobs,
 )
-from moa_peft.study.records import MissingRun, RunRecord
+from moa_peft.study.records import MissingRun, RunRecord, named_transfer
 from moa_peft.study.spec import StudySpec
 from moa_peft.study.work import EXIT_BUSY, EXIT_INTERRUPTED, work
 from moa_peft.training.adapters import adapter_config
@@ -144,7 +144,7 @@ class Study:
             if job is not None:
                 record = read_record(self.folder, job, digest=job_digest(self.spec, job, data=self.data))
             if record is not None:
-                outcome.records.append(record)
+                outcome.records.append(named_transfer(record, self.data[wanted.data].transfer))
                 continue
             reason = "not run yet" if job is not None else "its learning rate is not chosen yet"
             if job is not None and job in failed:

@@ -206,6 +206,14 @@ class StudySpec:
             raise UserError(
                 f"study: primary {self.primary!r} is not allowed; give one of {', '.join(PRIMARY_MEASURES)}."
             )
+        for data in self.data:
+            shared = set(self.seeds_of(self.baseline, data))
+            alone = [row for row in self.rows_on(data) if not shared & set(self.seeds_of(row, data))]
+            if alone:
+                raise UserError(
+                    f"study: rows.{alone[0]}.seeds has no seed in common with the baseline on {data!r}, so there is "
+                    "nothing to pair. Give it one of the baseline's."
+                )
         for name, data in self.data.items():
             if _SCORED_BY[self.primary] not in data.scorings:
                 raise UserError(

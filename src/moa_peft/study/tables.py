@@ -7,7 +7,9 @@ from dataclasses import dataclass
 
 from moa_peft.errors import UserError
 from moa_peft.study.records import (
+    REST_SUFFIX,
     TRANSFER_SUFFIX,
+    TWINS_SUFFIX,
     MissingRun,
     RunRecord,
     averaged_tasks,
@@ -275,7 +277,13 @@ def _about_averages(of_data: _DataSet, averages: Mapping[str, tuple[str, ...]], 
     covered = {task for tasks in averages.values() for task in tasks}
     scored = dict.fromkeys(task for measure in averages for task in scored_tasks(of_data.records, measure=measure))
     transfer = f"{TRANSFER_SUFFIX.removesuffix(')')}; no training rows of its kind)"
-    apart = [task.replace(TRANSFER_SUFFIX, transfer) for task in scored if task not in covered]
+    # A set of twins only has no rest that could stand for it.
+    all_twins = [
+        task for task in covered if f"{task}{TWINS_SUFFIX}" in scored and f"{task}{REST_SUFFIX}" not in scored
+    ]
+    notes += [f"Every question of {task} has a twin in the training rows." for task in sorted(all_twins)]
+    counted = covered | {f"{task}{TWINS_SUFFIX}" for task in all_twins}
+    apart = [task.replace(TRANSFER_SUFFIX, transfer) for task in scored if task not in counted]
     return [*notes, *([f"Not in the average: {', '.join(apart)}."] if apart else [])]
 
 

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import shutil
+import signal
 import sys
+import threading
 import traceback
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -19,11 +22,11 @@ from rich.console import Console
 from moa_peft.adapter_loading import load_adapter
 from moa_peft.environment import library_versions
 from moa_peft.evaluation.folder import EvaluationFolder
-from moa_peft.evaluation.run import score_sets
+from moa_peft.evaluation.run import score_sets, stored_predictions
 from moa_peft.files import write_atomically
 from moa_peft.study.data import StudyData
 from moa_peft.study.jobs import Job, StudyFolder, job_digest, job_recipe
-from moa_peft.study.records import TRANSFER_SUFFIX, ItemScores, RunRecord
+from moa_peft.study.records import ItemScores, RunRecord
 from moa_peft.study.spec import StudySpec
 from moa_peft.training import TrainRecipe, train
 from moa_peft.training.interrupts import TrainingInterrupted
@@ -44,6 +47,7 @@ def work(spec: StudySpec, job: Job, data: StudyData, folder: StudyFolder, thread
     log = folder.log(job)
     log.parent.mkdir(parents=True, exist_ok=True)
     folder.lock(job).parent.mkdir(parents=True, exist_ok=True)
+    threading.Thread(target=_stop_with_parent, daemon=True).start()
     lock = FileLock(folder.lock(job))
     try:
         lock.acquire(timeout=0)
@@ -63,6 +67,14 @@ def work(spec: StudySpec, job: Job, data: StudyData, folder: StudyFolder, thread
             raise SystemExit(1) from None
         finally:
             lock.release()
+
+
+def _stop_with_parent() -> None:
+    """Stop as after Ctrl-C when the study's own process is gone, however it ended."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os.kill(os.getpid(), signal.SIGTERM)
 
 
 def do_job(spec: StudySpec, job: Job, data: StudyData, folder: StudyFolder, *, console: Console) -> None:
@@ -160,9 +172,9 @@ def _score(
 def _item_scores(data: StudyData, evaluation: EvaluationFolder) -> list[ItemScores]:
     found = []
     for questions in data.sets:
-        name = questions.name + (TRANSFER_SUFFIX if questions.name in data.transfer else "")
+        name = questions.name
         for scoring in data.scorings(questions):
-            records = evaluation.predictions(questions.name, scoring).read()
+            records = stored_predictions(evaluation, questions, scoring)
             parts: dict[str | None, set[int] | None] = {None: None}
             parts |= {name: set(indices) for name, indices in questions.parts.items()}
             for part, within in parts.items():
