@@ -13,6 +13,7 @@ from moa_peft.fields import build_options
 PRIMARY_MEASURES = ("nll", "accuracy_flexible", "accuracy_strict", "accuracy")
 TWINS_SUFFIX = " (twins)"
 REST_SUFFIX = " (rest)"
+_REASON_CHARACTERS = 120
 TRANSFER_SUFFIX = " (transfer)"
 
 
@@ -165,6 +166,22 @@ class MissingRun:
     data: str
     seed: int
     reason: str = "not finished"
+
+
+def missing_sentences(missing: Iterable[MissingRun], *, rows: Sequence[str]) -> list[str]:
+    """One sentence for the runs of a row that are missing for one reason, in the order of the rows."""
+    seeds: dict[tuple[str, str], list[int]] = {}
+    for run in sorted(missing, key=lambda run: (rows.index(run.row), run.seed)):
+        seeds.setdefault((run.row, _short(run.reason)), []).append(run.seed)
+    return [
+        f"Missing: {row}, seed{'s' if len(found) > 1 else ''} {', '.join(map(str, found))} ({reason})."
+        for (row, reason), found in seeds.items()
+    ]
+
+
+def _short(reason: str) -> str:
+    text = " ".join(reason.split())
+    return text if len(text) <= _REASON_CHARACTERS else f"{text[: _REASON_CHARACTERS - 3].rstrip()}..."
 
 
 def named_transfer(record: RunRecord, transfer: Collection[str]) -> RunRecord:

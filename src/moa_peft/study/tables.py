@@ -14,6 +14,7 @@ from moa_peft.study.records import (
     RunRecord,
     averaged_tasks,
     is_accuracy,
+    missing_sentences,
     scored_measures,
     scored_tasks,
 )
@@ -27,8 +28,6 @@ from moa_peft.study.statistics import (
     verdict,
 )
 from moa_peft.study.table_formats import PLUS_MINUS, Column, StudyTable, Value
-
-_REASON_CHARACTERS = 120
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -164,10 +163,7 @@ def _overview(of_data: _DataSet, question: Question) -> StudyTable:
         Column(title="memory GiB", keys=("peak_memory_bytes",), text=_gib, kind="formula", best="low", priority=7),
     )
     notes += _about_averages(of_data, averages, primary=measure)
-    notes += [
-        f"Missing: {run.row}, seed {run.seed} ({_short(run.reason)})."
-        for run in sorted(of_data.missing, key=lambda run: (of_data.rows.index(run.row), run.seed))
-    ]
+    notes += missing_sentences(of_data.missing, rows=of_data.rows)
     return StudyTable(title=of_data.data, columns=columns, rows=tuple(rows), notes=tuple(notes))
 
 
@@ -385,11 +381,6 @@ def _number(measure: str, value: float, *, sign: str = "") -> str:
 
 def _learning_rate(value: float | str) -> str:
     return value if isinstance(value, str) else f"{value:.3g}"
-
-
-def _short(reason: str) -> str:
-    text = " ".join(reason.split())
-    return text if len(text) <= _REASON_CHARACTERS else f"{text[: _REASON_CHARACTERS - 3].rstrip()}..."
 
 
 def _gib(value: int) -> str:
