@@ -116,7 +116,9 @@ def train(
     record = _first_record(recipe, prepared, trainable=trainable, total=total)
     record["timings"]["load_model_s"] = round(time.monotonic() - started_s, 2)
     stop = StopOnSignal(console)
-    progress, timer = TrainingProgress(console), StepTimer()
+    progress = TrainingProgress(console)
+    given = next((callback for callback in callbacks if isinstance(callback, StepTimer)), None)
+    timer = given or StepTimer()
     try:
         trainer = MoATrainer(
             model,
@@ -124,7 +126,7 @@ def train(
             train_dataset=prepared.train_rows,
             eval_dataset=prepared.validation_rows,
             data_collator=CompletionCollator(pad_token_id(prepared.tokenizer)),
-            callbacks=[*callbacks, progress, stop, timer],
+            callbacks=[*callbacks, progress, stop, *([] if given else [timer])],
             router_parameters=router_parameters(model),
             prompt_mask=getattr(prepared.config, "granularity", "token") == "sequence",
         )
