@@ -80,7 +80,7 @@ class StudyFolder:
             )
         report = self.path / "results.json"
         try:
-            found = json.loads(report.read_text(encoding="utf-8"))["study"]["name"] if report.is_file() else name
+            found = json.loads(report.read_text(encoding="utf-8"))["name"] if report.is_file() else name
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(
                 f"--output: {str(report)!r} is damaged ({error}). Delete it; it is written anew."

@@ -116,7 +116,7 @@ def _results(
 ) -> str:
     overview = overview_tables(records, question, missing=missing)
     content = {
-        "study": study_name,
+        "name": study_name,
         **provenance,
         "question": vars(question),
         "seeds": sorted({run.seed for run in (*records, *missing)}),
