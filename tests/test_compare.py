@@ -18,7 +18,7 @@ from rich.console import Console
 
 from moa_peft.cli import main
 from moa_peft.errors import UserError
-from moa_peft.study.jobs import Job, chosen_rates, job_digest, run_jobs, search_jobs
+from moa_peft.study.jobs import Job, chosen_rates, job_digest, job_recipe, run_jobs, search_jobs
 from moa_peft.study.runner import Study
 from moa_peft.study.spec import load_study, parse_study
 
@@ -182,6 +182,10 @@ def test_a_run_that_fails_is_named_and_the_others_are_kept(
         ({"search": {"data": "sum", "learning_rate": [1], "max_steps": 1}}, "Did you mean 'sums'"),
         ({"recipe": {"model": "x", "max_steps": 3, "seed": 1}}, "recipe.seed cannot be set"),
         ({"recipe": {"model": "x", "max_steps": 3, "learning_rate": 1e-3}}, "learning_rate and search"),
+        (
+            {"data": {"sums": smoke()["data"]["sums"] | {"recipe": {"learning_rate": 1}}}},
+            "data.sums.recipe.learning_r",
+        ),
     ],
 )
 def test_studies_are_checked(changes: dict[str, Any], part: str) -> None:
@@ -290,6 +294,30 @@ def test_rows_are_checked_before_anything_runs(tmp_path: Path, row: dict[str, An
         study(tmp_path / "out", rows={"soft_moa": smoke()["rows"]["soft_moa"], "other": row})
     assert part in str(error.value), str(error.value)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_data_set_has_keys_of_a_recipe_of_its_own(tmp_path: Path) -> None:
+    content = smoke(search=None)
+    other = content["data"]["sums"] | {
+        "recipe": {"train_sampling_strategy": "sequential", "data": {"max_length": 200}}
+    }
+    content["data"] = {"sums": content["data"]["sums"], "other": other}
+    content["rows"]["lora"]["recipe"] = {"weight_decay": 0.5}
+    work = Study(parse_study(content), roots=[SMOKE.parent], output=tmp_path / "out")
+    jobs = [Job(kind="run", row="lora", data=data, seed=0, learning_rate=1e-3) for data in ("sums", "other")]
+    first, second = (
+        job_recipe(work.spec, job, data=work.data[job.data], output_dir=str(tmp_path / "run")) for job in jobs
+    )
+    assert first.trainer["weight_decay"] == second.trainer["weight_decay"] == 0.5
+    assert second.trainer["train_sampling_strategy"] == "sequential"
+    assert "train_sampling_strategy" not in first.trainer
+    assert (first.data.max_length, second.data.max_length) == (300, 200)
+    assert first.data.validation_size == second.data.validation_size == 4
+    with pytest.raises(UserError, match="other.recipe.model cannot be set"):
+        parse_study(content | {"data": {**content["data"], "other": other | {"recipe": {"model": "x"}}}})
+    with pytest.raises(UserError, match="rows.soft_moa: .*max_lenght"):
+        wrong = parse_study(content | {"data": {**content["data"], "other": other | {"recipe": {"max_lenght": 2}}}})
+        Study(wrong, roots=[SMOKE.parent], output=tmp_path / "out")
 
 
 def test_seeds_come_one_after_another() -> None:

@@ -51,10 +51,10 @@ def compare(
         moa compare studies/mixtures.yaml --data data --output runs/mixtures --dry-run
 
     **Study file**: name, question; recipe: keys of a recipe that all runs share; data: per data set train, test,
-    tasks, scorings (nll, generate, loglikelihood), train_rows, test_rows, max_new_tokens, batch_size, rows, seeds;
-    rows: per row method, moa, recipe, matched_to, learning_rate_of, seeds, note; seeds; search: data, learning_rate,
-    max_steps, seed; baseline; primary (nll, accuracy_strict, accuracy_flexible, accuracy); margin;
-    parameter_tolerance.
+    tasks, scorings (nll, generate, loglikelihood), transfer, generate_tasks, train_rows, test_rows, max_new_tokens,
+    batch_size, rows, seeds, recipe; rows: per row method, moa, recipe, matched_to, learning_rate_of, seeds, note;
+    seeds; search: data, learning_rate, max_steps, seed; baseline; primary (nll, accuracy_strict, accuracy_flexible,
+    accuracy); margin; parameter_tolerance.
 
     **Result**: table.md, table.csv, table.tex, results.json, accuracy.png and .svg; records/ and search/ with one
     small file per run, which are all that is needed to go on or to print the tables again; runs/ with adapters,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import functools
 import hashlib
 import json
@@ -174,7 +173,7 @@ def job_recipe(spec: StudySpec, job: Job, *, data: StudyData, output_dir: str) -
         UserError: naming the row, where the recipe is wrong.
     """
     row = spec.rows[job.row]
-    content: dict[str, Any] = _merged(spec.recipe, row.recipe)
+    content = spec.recipe_on(job.data, job.row)
     content |= {"method": row.method, "moa": dict(row.moa), "seed": job.seed, "output_dir": output_dir}
     if job.learning_rate is not None:
         content["learning_rate"] = job.learning_rate
@@ -261,11 +260,3 @@ def _read(file: Path, digest: str) -> dict[str, Any] | None:
             "Give another --output, or delete the file to run that part again."
         )
     return content
-
-
-def _merged(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
-    merged = copy.deepcopy(dict(base))
-    for key, value in over.items():
-        below = merged.get(key)
-        merged[key] = _merged(below, value) if isinstance(below, dict) and isinstance(value, Mapping) else value
-    return merged

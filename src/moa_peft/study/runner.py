@@ -80,11 +80,10 @@ class Study:
         self.spec = spec
         self.folder = StudyFolder(output)
         self.folder.check(spec.name)
-        template = spec.recipe.get("data", {}).get("template", "alpaca")
-        self.data: dict[str, StudyData] = {
-            name: prepare_data(block, roots=roots, file=self.folder.sample(name), template=template)
-            for name, block in spec.data.items()
-        }
+        self.data: dict[str, StudyData] = {}
+        for name, block in spec.data.items():
+            template = spec.recipe_on(name).get("data", {}).get("template", "alpaca")
+            self.data[name] = prepare_data(block, roots=roots, file=self.folder.sample(name), template=template)
         self.parameters = self._count_parameters()
         self._check_matched()
 
@@ -157,22 +156,23 @@ class Study:
 
     def _count_parameters(self) -> dict[str, int]:
         """Trainable parameters of every row, from configurations alone; checks every recipe on the way."""
-        counts = {}
+        counts: dict[str, int] = {}
         configs: dict[str, Any] = {}
-        for row in self.spec.rows:
-            name = next(data for data in self.spec.data if row in self.spec.rows_on(data))
-            job = Job(kind="run", row=row, data=name, seed=self.spec.seeds[0], learning_rate=None)
-            recipe = job_recipe(self.spec, job, data=self.data[name], output_dir=str(self.folder.path))
+        pairs = [(row, data) for data in self.spec.data for row in self.spec.rows_on(data)]
+        for row, data in pairs:
+            job = Job(kind="run", row=row, data=data, seed=self.spec.seeds[0], learning_rate=None)
+            recipe = job_recipe(self.spec, job, data=self.data[data], output_dir=str(self.folder.path))
             options = recipe.options
             if options.model not in configs:
                 remote = {"trust_remote_code": options.trust_remote_code, "revision": options.revision}
                 configs[options.model] = load_config(options.model, **remote)
             try:
                 recipe.training_arguments(checkpoints=self.folder.path, has_validation=True)
-                model = adapter_on_meta(adapter_config(recipe), configs[options.model])
+                if row not in counts:
+                    model = adapter_on_meta(adapter_config(recipe), configs[options.model])
+                    counts[row] = model.get_nb_trainable_parameters()[0]
             except UserError as error:
                 raise UserError(f"study: rows.{row}: {error}") from error
-            counts[row] = model.get_nb_trainable_parameters()[0]
         return counts
 
     def _check_matched(self) -> None:

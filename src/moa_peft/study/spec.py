@@ -16,6 +16,7 @@ margin: 0.01
 
 from __future__ import annotations
 
+import copy
 import difflib
 import re
 from collections.abc import Mapping
@@ -65,6 +66,7 @@ class DataSpec:
         batch_size: questions at a time.
         rows: rows of the study that run on this data; None for all.
         seeds: seeds on this data; None for the study's.
+        recipe: further keys of a recipe for all runs on this data.
     """
 
     train: str
@@ -79,6 +81,7 @@ class DataSpec:
     batch_size: int = 32
     rows: tuple[str, ...] | None = None
     seeds: tuple[int, ...] | None = None
+    recipe: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -176,20 +179,25 @@ class StudySpec:
             wrong = [scoring for scoring in data.scorings if scoring not in KINDS]
             if wrong or not data.scorings:
                 raise UserError(f"study: data.{name}.scorings: {wrong!r} is not allowed; give of {', '.join(KINDS)}.")
+            if "model" in data.recipe:
+                raise UserError(f"study: data.{name}.recipe.model cannot be set; a study has one model.")
+        recipes = {
+            "recipe": self.recipe,
+            **{f"data.{name}.recipe": data.recipe for name, data in self.data.items()},
+            **{f"rows.{name}.recipe": row.recipe for name, row in self.rows.items()},
+        }
         if self.search is not None:
             if self.search.data not in self.data:
                 raise UserError(
                     f"study: search.data {self.search.data!r} is no data set. {_near(self.search.data, self.data)}"
                 )
-            if "learning_rate" in self.recipe:
-                raise UserError("study: recipe.learning_rate and search are both given. Keep one.")
-        recipes = {"recipe": self.recipe, **{f"rows.{name}.recipe": row.recipe for name, row in self.rows.items()}}
+            twice = next((where for where, recipe in recipes.items() if "learning_rate" in recipe), None)
+            if twice is not None:
+                raise UserError(f"study: {twice}.learning_rate and search are both given. Keep one.")
         for name, row in self.rows.items():
             shared = sorted(_ONE_BUDGET & row.recipe.keys())
             if shared:
                 raise UserError(f"study: rows.{name}.recipe.{shared[0]} cannot be set; all rows have one budget.")
-            if self.search is not None and "learning_rate" in row.recipe:
-                raise UserError(f"study: rows.{name}.recipe.learning_rate and search are both given. Keep one.")
             if not any(name in self.rows_on(data) for data in self.data):
                 raise UserError(f"study: the row {name!r} is on no data set. Name it in data.*.rows, or remove it.")
             source = row.learning_rate_of or name
@@ -231,6 +239,11 @@ class StudySpec:
         """The rows that run on a data set, in the study's order."""
         chosen = self.data[data].rows
         return [name for name in self.rows if chosen is None or name in chosen]
+
+    def recipe_on(self, data: str, row: str | None = None) -> dict[str, Any]:
+        """Keys of a recipe: the study's, over them the data set's, over them the row's."""
+        recipe = _merged(self.recipe, self.data[data].recipe)
+        return recipe if row is None else _merged(recipe, self.rows[row].recipe)
 
     def seeds_of(self, row: str, data: str) -> tuple[int, ...]:
         """The seeds of a row on a data set: its own, else the data set's, else the study's."""
@@ -332,3 +345,11 @@ def _scalar(value: Any, wanted: type, where: str) -> Any:
 def _near(name: str, known: Any) -> str:
     near = difflib.get_close_matches(str(name), [str(item) for item in known], n=1)
     return f"Did you mean {near[0]!r}?" if near else f"There are: {', '.join(map(str, known))}."
+
+
+def _merged(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    merged = copy.deepcopy(dict(base))
+    for key, value in over.items():
+        below = merged.get(key)
+        merged[key] = _merged(below, value) if isinstance(below, dict) and isinstance(value, Mapping) else value
+    return merged
