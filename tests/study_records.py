@@ -4,8 +4,8 @@ from dataclasses import replace
 
 import numpy as np
 
+from moa_peft.study.questions import Question
 from moa_peft.study.records import ItemScores, MissingRun, RunRecord
-from moa_peft.study.tables import Question
 
 TASKS = {"AddSub": 30, "SVAMP": 50, "MultiArith": 20, "MultiArith (twins)": 8, "MultiArith (rest)": 12}
 AVERAGED = ("AddSub", "SVAMP", "MultiArith (rest)")

@@ -20,7 +20,7 @@ from moa_peft.cli import main
 from moa_peft.errors import UserError
 from moa_peft.study.jobs import Job, chosen_rates, job_digest, job_recipe, run_jobs, search_jobs
 from moa_peft.study.runner import Study
-from moa_peft.study.spec import load_study, parse_study
+from moa_peft.study.study_file import load_study, parse_study
 
 SMOKE = Path(__file__).parent.parent / "studies" / "smoke.yaml"
 
@@ -318,6 +318,14 @@ def test_a_data_set_has_keys_of_a_recipe_of_its_own(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="rows.soft_moa: .*max_lenght"):
         wrong = parse_study(content | {"data": {**content["data"], "other": other | {"recipe": {"max_lenght": 2}}}})
         Study(wrong, roots=[SMOKE.parent], output=tmp_path / "out")
+
+
+def test_a_question_needs_runs_in_common() -> None:
+    rows = smoke()["rows"] | {"other": {"method": "lora", "seeds": [1]}, "third": {"method": "lora", "seeds": [0]}}
+    asked = {"question": "Is the third one better?", "rows": ["third"]}
+    assert parse_study(smoke(rows=rows, comparisons=[asked])).comparisons[0].baseline is None
+    with pytest.raises(UserError, match="'third' and 'other' have no data set and seed in common"):
+        parse_study(smoke(rows=rows, comparisons=[asked | {"baseline": "other"}]))
 
 
 def test_seeds_come_one_after_another() -> None:

@@ -8,10 +8,13 @@ import numpy as np
 import pytest
 
 from moa_peft.errors import UserError
+from moa_peft.study.accuracy_plot import plot_accuracy_over_parameters
 from moa_peft.study.budgets import check_budgets
-from moa_peft.study.plot import plot_accuracy_over_parameters
+from moa_peft.study.difference_plot import plot_differences
+from moa_peft.study.jobs import REPORT_FILES
 from moa_peft.study.records import RunRecord
 from moa_peft.study.report import write_report
+from moa_peft.study.tables import study_tables
 from tests.study_records import MISSING, QUESTION, ROWS, make_records
 
 
@@ -31,23 +34,21 @@ def report(folder, records, **changes):
         "notes": {"soft_moa": "without the prompt"},
         "budget_mismatches": check_budgets(records, matched={"soft_moa": "lora"}, tolerance=0.05),
     }
-    return write_report(records, **{**settings, **changes})
+    settings |= changes
+    tables = study_tables(records, settings["question"], missing=settings["missing"])
+    paths = write_report(tables, records, **settings)
+    assert {path.name for path in paths} <= set(REPORT_FILES)
+    return paths
 
 
 def test_the_report_is_complete_and_the_same_every_time(tmp_path, records):
     first = report(tmp_path / "new" / "first", records)
-    assert [path.name for path in first] == [
-        "table.md",
-        "table.csv",
-        "table.tex",
-        "results.json",
-        "accuracy.png",
-        "accuracy.svg",
-    ]
+    assert sorted(path.name for path in first) == sorted(REPORT_FILES)
     assert sorted(path.name for path in (tmp_path / "new" / "first").iterdir()) == sorted(path.name for path in first)
     for one, two in zip(first, report(tmp_path / "second", records), strict=True):
         assert one.read_bytes() == two.read_bytes(), one.name
-    results = json.loads(first[3].read_text())
+    files = {path.name: path for path in first}
+    results = json.loads(files["results.json"].read_text())
     assert results["seeds"] == [1, 2, 3]
     assert results["command"] == "moa compare study.yaml"
     assert results["missing"][0] == {"row": "mixlora", "data": "MetaMath", "seed": 3, "reason": "out of memory"}
@@ -56,11 +57,14 @@ def test_the_report_is_complete_and_the_same_every_time(tmp_path, records):
     assert scores.keys() == {"task", "measure", "items", "mean"}
     assert scores["mean"] == pytest.approx(np.mean(records[0].scores[0].values))
     assert results["tables"][0]["rows"][1]["verdict"] == "better"
-    assert "MetaMath: trainable parameters differ: 2,000,000 (soft_moa); 1,000,000 (lora)" in first[0].read_text()
-    assert "\n\nDoes the prompt help?\n\n- soft_moa: without the prompt\n\n" in first[0].read_text()
+    page = files["table.md"].read_text()
+    assert "MetaMath: trainable parameters differ: 2,000,000 (soft_moa); 1,000,000 (lora)" in page
+    assert "\n\nDoes the prompt help?\n\n- soft_moa: without the prompt\n\n" in page
+    assert "## MetaMath: nll by question set" in page and "## MetaMath: nll, AddSub" not in page
+    assert "## MetaMath: nll, AddSub" in files["details.md"].read_text()
     assert results["question"]["margin"] == 0.05
     assert results["budget_mismatches"][0]["quantity"] == "trainable parameters"
-    assert "AddSub-7" not in first[3].read_text()
+    assert "AddSub-7" not in files["results.json"].read_text()
 
 
 def test_a_study_without_accuracy_has_no_picture(tmp_path, records):
@@ -70,8 +74,8 @@ def test_a_study_without_accuracy_has_no_picture(tmp_path, records):
         )
         for r in records
     ]
-    names = [path.name for path in report(tmp_path, plain, missing=())]
-    assert names == ["table.md", "table.csv", "table.tex", "results.json"]
+    names = {path.name for path in report(tmp_path, plain, missing=())}
+    assert names == {name for name in REPORT_FILES if not name.startswith("accuracy")}
 
 
 def test_a_missing_library_is_told_before_anything_is_written(tmp_path, records, monkeypatch):
@@ -87,8 +91,8 @@ def test_a_picture_needs_an_average(tmp_path, records):
     ]
     with pytest.raises(UserError, match="on a question set that the average covers"):
         plot_accuracy_over_parameters(only_transfer, tmp_path / "a.png", measure="accuracy_strict")
-    names = [path.name for path in report(tmp_path / "report", only_transfer, missing=())]
-    assert names == ["table.md", "table.csv", "table.tex", "results.json"]
+    names = {path.name for path in report(tmp_path / "report", only_transfer, missing=())}
+    assert names == {"table.md", "details.md", "table.csv", "table.tex", "results.json"}
 
 
 def drawn_labels(monkeypatch, records, path):
@@ -114,6 +118,33 @@ def test_names_in_the_picture_do_not_overlap(tmp_path, records, monkeypatch):
         box = boxes[name]
         assert frame.x0 <= box.x0 and box.x1 <= frame.x1 and frame.y0 <= box.y0 and box.y1 <= frame.y1
         assert not any(box.overlaps(boxes[other]) for other in names[index + 1 :])
+
+
+def test_differences_are_drawn_with_interval_and_margin(tmp_path, records, monkeypatch):
+    from matplotlib.figure import Figure
+
+    kept = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, file, **_: (kept.append(figure), file.write_bytes(b"x")))
+    (tables,) = study_tables(records, QUESTION)
+    plot_differences([tables.overview, tables.overview], tmp_path / "a.svg", question=QUESTION)
+    (figure,) = kept
+    panel, same = figure.axes
+    assert panel.get_title(loc="left") == same.get_title(loc="left") == "MetaMath"
+    compared = [row for row in tables.overview.rows if row["row"] != "lora"]
+    assert [label.get_text() for label in panel.get_yticklabels()] == [row["row"] for row in compared]
+    for row, bar in zip(compared, panel.containers, strict=True):
+        (ends,) = bar.lines[2][0].get_segments()
+        assert bar.lines[0].get_xdata()[0] == row["difference"]
+        assert list(ends[:, 0]) == pytest.approx([row["low"], row["high"]])
+    (band,) = panel.patches
+    assert band.get_x() == -0.05 and band.get_width() == pytest.approx(0.1)
+    assert {text.get_text() for text in figure.legends[0].get_texts()} == {row["verdict"] for row in compared}
+
+
+def test_differences_of_nothing_are_not_drawn(tmp_path, records):
+    alone = study_tables([run for run in records if run.row == "lora"], QUESTION)[0].overview
+    with pytest.raises(UserError, match="no two rows can be compared"):
+        plot_differences([alone], tmp_path / "a.png", question=QUESTION)
 
 
 def test_rows_of_equal_parameters_are_drawn_side_by_side(tmp_path, records, monkeypatch):

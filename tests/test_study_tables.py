@@ -10,10 +10,11 @@ import pytest
 from rich.console import Console
 
 from moa_peft.errors import UserError
+from moa_peft.study.questions import Comparison, Question
 from moa_peft.study.records import MissingRun
 from moa_peft.study.statistics import holm, macro_average, paired_difference
 from moa_peft.study.table_formats import Column, StudyTable, to_csv, to_latex, to_markdown, to_rich
-from moa_peft.study.tables import Question, overview_tables, study_tables
+from moa_peft.study.tables import study_tables
 from tests.study_records import AVERAGED, MISSING, QUESTION, ROWS, TASKS, make_records, with_scores
 
 
@@ -23,8 +24,15 @@ def records():
 
 
 @pytest.fixture(scope="module")
-def tables(records):
-    return study_tables(records, QUESTION, missing=MISSING)
+def of_data(records):
+    (found,) = study_tables(records, QUESTION, missing=MISSING)
+    return found
+
+
+@pytest.fixture(scope="module")
+def tables(of_data):
+    """All tables that judge."""
+    return [of_data.overview, *of_data.comparisons, *of_data.details]
 
 
 def test_there_is_one_table_for_the_data_and_one_for_each_measure_and_task(tables):
@@ -36,12 +44,59 @@ def test_there_is_one_table_for_the_data_and_one_for_each_measure_and_task(table
     ]
 
 
-def test_overviews_are_the_first_tables_of_the_data_sets(tables, records):
-    both = [*records, *make_records("Alpaca")]
-    overviews = overview_tables(both, QUESTION, missing=MISSING)
-    assert [table.title for table in overviews] == ["MetaMath", "Alpaca"]
-    assert overviews[0].rows == tables[0].rows and overviews[0].notes == tables[0].notes
-    assert [row["seeds"] for row in overviews[1].rows] == [3, 3, 3, 3]
+def test_every_data_set_has_its_tables(of_data, records):
+    first, second = study_tables([*records, *make_records("Alpaca")], QUESTION, missing=MISSING)
+    assert [first.overview.title, second.overview.title] == ["MetaMath", "Alpaca"]
+    assert first.overview.rows == of_data.overview.rows and first.overview.notes == of_data.overview.notes
+    assert [row["seeds"] for row in second.overview.rows] == [3, 3, 3, 3]
+
+
+def test_means_on_every_question_set_stand_in_one_table(of_data):
+    assert [table.title for table in of_data.by_set] == [
+        "MetaMath: nll by question set",
+        "MetaMath: accuracy strict % by question set",
+    ]
+    (table, _) = of_data.by_set
+    assert [column.title for column in table.columns] == ["row", *TASKS]
+    details = {detail.title: detail for detail in of_data.details}
+    for column, task in zip(table.columns[1:], TASKS, strict=True):
+        detail = details[f"MetaMath: nll, {task}"]
+        assert [table.cell(row, column) for row in table.rows] == [
+            detail.cell(row, detail.columns[2]) for row in detail.rows
+        ]
+        assert [table.is_best(row, column) for row in table.rows].count(True) == 1
+
+
+def test_questions_are_families_of_their_own(records):
+    asked = (
+        Comparison(title="Is a prompt worth it?", baseline="soft_moa", rows=("soft_moa & prompt",)),
+        Comparison(title="Against LoRA", baseline="lora", rows=("soft_moa", "mixlora", "hydralora")),
+        Comparison(title="Nobody here", baseline="lora", rows=("adamole",)),
+    )
+    question = replace(QUESTION, comparisons=asked)
+    (tables,) = study_tables(records, question, missing=MISSING)
+    assert [table.title for table in tables.comparisons] == [
+        "MetaMath: Is a prompt worth it?",
+        "MetaMath: Against LoRA",
+    ]
+    prompt, against = tables.comparisons
+    assert [row["row"] for row in prompt.rows] == ["soft_moa", "soft_moa & prompt"]
+    assert prompt.rows[0]["verdict"] == "baseline"
+    # One comparison needs no correction, two are corrected by each other only.
+    assert prompt.rows[1]["p_holm"] == prompt.rows[1]["p_value"]
+    tested = {row["row"]: row for row in against.rows if row["p_value"] is not None}
+    assert list(tested) == ["soft_moa", "mixlora"]
+    assert [row["p_holm"] for row in tested.values()] == pytest.approx(
+        holm([row["p_value"] for row in tested.values()])
+    )
+    assert any("this table's 2 comparisons" in note for note in against.notes)
+    assert any("this table's one comparison " in note for note in prompt.notes)
+    assert against.notes[0].startswith("Differences are row - lora")
+    # The overview judges nothing twice.
+    titles = [column.title for column in tables.overview.columns]
+    assert "verdict" not in titles and "p (Holm)" not in titles and "difference [95%]" in titles
+    assert [row["verdict"] for row in tables.overview.rows] == ["baseline", None, None, None, None]
+    assert not any("Holm" in note for note in tables.overview.notes)
 
 
 def test_numbers_of_the_first_table_are_those_of_the_statistics(tables, records):
@@ -100,7 +155,7 @@ def test_a_measure_other_than_the_primary_has_no_margin_and_its_own_direction(ta
 
 
 def test_one_seed_is_said_to_be_one_seed():
-    (table, *_) = study_tables(make_records(seeds=(1,)), QUESTION)
+    table = study_tables(make_records(seeds=(1,)), QUESTION)[0].overview
     assert any(note.startswith("One seed only: soft_moa & prompt, soft_moa, mixlora.") for note in table.notes)
     assert re.search(r"\| soft_moa \| soft_moa \| 1 \| 2,000,000 \| 0.0003 \| [0-9.]+ \|", to_markdown(table))
 
@@ -108,11 +163,11 @@ def test_one_seed_is_said_to_be_one_seed():
 def test_data_without_the_baseline_or_the_measure_says_so(records):
     others = [record for record in records if record.row != "lora"]
     gone = MissingRun(row="lora", data="MetaMath", seed=1)
-    table = study_tables(others, QUESTION, missing=[gone])[0]
+    table = study_tables(others, QUESTION, missing=[gone])[0].overview
     assert any("The baseline lora has no finished run on this data" in note for note in table.notes)
     assert all(row["difference"] is None for row in table.rows)
     unscored = Question(baseline="lora", primary="accuracy", lower_is_better=False)
-    table = study_tables(records, unscored)[0]
+    table = study_tables(records, unscored)[0].overview
     assert table.notes[0] == (
         "No finished run on this data was scored by accuracy on a question set that an average covers."
     )
@@ -123,7 +178,8 @@ def test_data_without_the_baseline_or_the_measure_says_so(records):
 def test_the_notes_name_transfer_sets_and_what_each_measure_averages(records):
     more = with_scores(records, task="piqa (transfer)", measure="accuracy", like="AddSub")
     more = with_scores(more, task="arc_easy", measure="accuracy_flexible", like="SVAMP")
-    (table, *details) = study_tables(more, QUESTION)
+    (tables,) = study_tables(more, QUESTION)
+    table = tables.overview
     notes = "\n".join(table.notes)
     assert "average over AddSub, SVAMP, MultiArith (rest), each task counting the same." in notes
     assert "accuracy_strict: average over the same sets as nll.\n" in notes
@@ -133,12 +189,12 @@ def test_the_notes_name_transfer_sets_and_what_each_measure_averages(records):
     )
     titles = [column.title for column in table.columns]
     assert "accuracy strict %" in titles and "accuracy flexible %" in titles and "accuracy %" not in titles
-    assert "MetaMath: accuracy, piqa (transfer)" in [detail.title for detail in details]
+    assert "MetaMath: accuracy, piqa (transfer)" in [detail.title for detail in tables.details]
 
 
 def test_a_row_equal_to_the_baseline_is_named(records):
     twin = [replace(run, row="same") for run in records if run.row == "lora"]
-    table = study_tables([*records, *twin], QUESTION)[0]
+    table = study_tables([*records, *twin], QUESTION)[0].overview
     assert "Equivalent, with the same value as lora at every question and seed: same." in table.notes
     assert table.rows[-1]["verdict"] == "equivalent"
 
@@ -146,7 +202,7 @@ def test_a_row_equal_to_the_baseline_is_named(records):
 def test_long_reasons_are_shortened():
     reason = "RuntimeError:  the allocation\nfailed " + "because of a long list of tensors, " * 20
     missing = MissingRun(row="mixlora", data="MetaMath", seed=3, reason=reason)
-    table = study_tables(make_records(), QUESTION, missing=[missing])[0]
+    table = study_tables(make_records(), QUESTION, missing=[missing])[0].overview
     (note,) = [note for note in table.notes if note.startswith("Missing")]
     shown = note.partition("(")[2].removesuffix(").")
     assert shown.startswith("RuntimeError: the allocation failed because of") and shown.endswith("...")
@@ -254,7 +310,7 @@ def test_a_narrow_terminal_keeps_long_names_parameters_and_the_first_accuracy(re
     renamed = with_scores(renamed, task="AddSub", measure="accuracy_flexible", like="AddSub")
     stream = io.StringIO()
     console = Console(width=100, file=stream, color_system=None)
-    rendered = to_rich(overview_tables(renamed, QUESTION)[0])
+    rendered = to_rich(study_tables(renamed, QUESTION)[0].overview)
     console.print(rendered)
     lines = stream.getvalue().splitlines()
     assert [str(column.header).split() for column in rendered.columns] == [

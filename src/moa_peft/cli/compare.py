@@ -54,20 +54,26 @@ def compare(
     tasks, scorings (nll, generate, loglikelihood), transfer, generate_tasks, train_rows, test_rows, max_new_tokens,
     batch_size, rows, seeds, recipe; rows: per row method, moa, recipe, matched_to, learning_rate_of, seeds, note;
     seeds; search: data, learning_rate, max_steps, seed; baseline; primary (nll, accuracy_strict, accuracy_flexible,
-    accuracy); margin; parameter_tolerance.
+    accuracy); comparisons: a list of question, rows, baseline, each with a table and corrected p values of its own;
+    margin; parameter_tolerance.
 
-    **Result**: table.md, table.csv, table.tex, results.json, accuracy.png and .svg; records/ and search/ with one
-    small file per run, which are all that is needed to go on or to print the tables again; runs/ with adapters,
-    predictions and logs.
+    **Result**: table.md and .tex, details.md, table.csv, results.json; differences.png and accuracy.png, both as .svg
+    too; records/ and search/ with one small file per run, which are all that is needed to go on or to print the
+    tables again; runs/ with adapters, predictions and logs.
 
     **Exit codes**: 0 when every run is there, 1 when runs failed or are missing, 2 for a mistake in the study.
     """
+    from moa_peft.intervals import require_scipy
+    from moa_peft.study.drawing import import_matplotlib
     from moa_peft.study.runner import Study
-    from moa_peft.study.spec import load_study
+    from moa_peft.study.study_file import load_study
 
     for name, value in (("--processes", processes), ("--threads", 1 if threads is None else threads)):
         if value < 1:
             raise UserError(f"{name}: {value} is not allowed; give at least 1.")
+    # Both are for the report, which comes hours later.
+    import_matplotlib()
+    require_scipy()
     spec = load_study(study)
     root = data or Path(os.environ.get("MOA_DATA") or study.parent)
     if not root.is_dir():
@@ -97,9 +103,10 @@ def _report(work: Study, outcome: StudyOutcome, *, command: str, console: Consol
     """Write the report over what is there, and print its first tables."""
     from moa_peft.environment import library_versions
     from moa_peft.study.budgets import check_budgets
+    from moa_peft.study.questions import Comparison, Question
     from moa_peft.study.report import write_report
     from moa_peft.study.table_formats import to_rich
-    from moa_peft.study.tables import Question, overview_tables
+    from moa_peft.study.tables import study_tables
 
     spec = work.spec
     for sentence in outcome.failed:
@@ -110,9 +117,18 @@ def _report(work: Study, outcome: StudyOutcome, *, command: str, console: Consol
     matched = {row: settings.matched_to for row, settings in spec.rows.items() if settings.matched_to is not None}
     mismatches = check_budgets(outcome.records, matched=matched, tolerance=spec.parameter_tolerance)
     question = Question(
-        baseline=spec.baseline, primary=spec.primary, lower_is_better=spec.primary == "nll", margin=spec.margin
+        baseline=spec.baseline,
+        primary=spec.primary,
+        lower_is_better=spec.primary == "nll",
+        margin=spec.margin,
+        comparisons=tuple(
+            Comparison(title=asked.question, baseline=asked.baseline or spec.baseline, rows=asked.rows)
+            for asked in spec.comparisons
+        ),
     )
+    tables = study_tables(outcome.records, question, missing=outcome.missing)
     paths = write_report(
+        tables,
         outcome.records,
         study_name=spec.name,
         question=question,
@@ -123,8 +139,8 @@ def _report(work: Study, outcome: StudyOutcome, *, command: str, console: Consol
         introduction=spec.question,
         notes={row: settings.note for row, settings in spec.rows.items() if settings.note},
     )
-    for table in overview_tables(outcome.records, question, missing=outcome.missing):
-        Console().print(to_rich(table, width=Console().width))
+    for table in (table for of_data in tables for table in (of_data.overview, *of_data.comparisons)):
+        Console().print(to_rich(table, width=Console().width), "")
     for mismatch in mismatches:
         console.print(mismatch.sentence, style="yellow", highlight=False, markup=False, soft_wrap=True)
     if outcome.missing:

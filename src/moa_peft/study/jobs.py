@@ -23,8 +23,10 @@ DEFAULT_SAVE_STEPS = 25
 """Steps between two checkpoints, from which a killed run goes on."""
 
 
-_TABLES = ("table.md", "table.csv", "table.tex", "results.json", "accuracy.png", "accuracy.svg")
-_OWN_NAMES = {"records", "search", "runs", *_TABLES}
+_PICTURES = ("differences.png", "differences.svg", "accuracy.png", "accuracy.svg")
+REPORT_FILES = ("table.md", "details.md", "table.csv", "table.tex", "results.json", *_PICTURES)
+"""What a report may consist of."""
+_OWN_NAMES = {"records", "search", "runs", *REPORT_FILES}
 
 
 @dataclass(frozen=True, kw_only=True)

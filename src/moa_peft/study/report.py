@@ -4,20 +4,27 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from moa_peft.files import write_atomically
-from moa_peft.intervals import require_scipy
+from moa_peft.study.accuracy_plot import plot_accuracy_over_parameters
 from moa_peft.study.budgets import BudgetMismatch
-from moa_peft.study.plot import plot_accuracy_over_parameters, require_matplotlib
+from moa_peft.study.difference_plot import judged_rows, plot_differences
+from moa_peft.study.drawing import import_matplotlib
+from moa_peft.study.questions import Question
 from moa_peft.study.records import MissingRun, RunRecord, averaged_tasks, is_accuracy, scored_measures
 from moa_peft.study.statistics import task_mean
 from moa_peft.study.table_formats import StudyTable, to_csv, to_latex, to_markdown
-from moa_peft.study.tables import Question, overview_tables, study_tables
+from moa_peft.study.tables import DataSetTables
+
+_PICTURE_ENDINGS = (".png", ".svg")
+_MORE = "Every measure and question set with its intervals: [details.md](details.md). All numbers: results.json."
 
 
 def write_report(
+    tables: Sequence[DataSetTables],
     records: Sequence[RunRecord],
     *,
     study_name: str,
@@ -29,12 +36,15 @@ def write_report(
     introduction: str = "",
     notes: Mapping[str, str] | None = None,
 ) -> list[Path]:
-    """Write table.md, table.csv, table.tex, results.json, accuracy.png and accuracy.svg.
+    """Write the report of a study; the same arguments give the same bytes.
 
-    The pictures show the primary measure where it is an accuracy, else the first accuracy that has an average; without
-    any, they are left out. The same arguments give the same bytes.
+    table.md and table.tex hold what a reader wants, details.md every other difference, table.csv and results.json all
+    numbers. differences.png and .svg show the differences of the primary measure, unless there are none;
+    accuracy.png and .svg the primary measure over parameters where it is an accuracy, else the first accuracy that
+    has an average, if any.
 
     Args:
+        tables: of the records, from `study_tables`.
         records: the finished runs, in the order of the study's rows.
         study_name: heading of the report.
         question: what is compared with what.
@@ -50,25 +60,24 @@ def write_report(
         The files written.
 
     Raises:
-        UserError: scipy or matplotlib is missing, the baseline is no row, or runs cannot be compared.
+        UserError: matplotlib is missing.
         OSError: a file cannot be written.
     """
-    require_scipy()
-    require_matplotlib()
-    tables = study_tables(records, question, missing=missing)
+    import_matplotlib()
+    numbers = [table for of_data in tables for table in (of_data.overview, *of_data.comparisons, *of_data.details)]
+    first = [table for of_data in tables for table in (of_data.overview, *of_data.comparisons, *of_data.by_set)]
+    details = [table for of_data in tables for table in of_data.details]
+    budgets = _about_budgets(budget_mismatches)
+    rows = "\n".join(f"- {row}: {note}" for row, note in (notes or {}).items())
     texts = {
-        "table.md": _markdown(
-            tables,
-            study_name=study_name,
-            introduction=introduction,
-            notes=notes or {},
-            budget_mismatches=budget_mismatches,
-        ),
-        "table.csv": to_csv(tables),
-        "table.tex": "\n".join(to_latex(table) for table in tables),
+        "table.md": _markdown(first, [f"# {study_name}", introduction.strip(), rows, budgets, _MORE]),
+        "details.md": _markdown(details, [f"# {study_name}: differences by measure and question set"]),
+        "table.csv": to_csv(numbers),
+        "table.tex": "\n".join(to_latex(table) for table in first),
         "results.json": _results(
             records,
-            tables,
+            numbers,
+            overviews=[of_data.overview for of_data in tables],
             question=question,
             study_name=study_name,
             missing=missing,
@@ -79,48 +88,54 @@ def write_report(
     folder.mkdir(parents=True, exist_ok=True)
     for name, text in texts.items():
         write_atomically(folder / name, text)
-    paths = [folder / name for name in texts]
+    return [*(folder / name for name in texts), *_draw(tables, records, question=question, folder=folder)]
+
+
+def _draw(
+    tables: Sequence[DataSetTables], records: Sequence[RunRecord], *, question: Question, folder: Path
+) -> list[Path]:
+    paths = []
+    judged = [table for of_data in tables for table in (of_data.comparisons or (of_data.overview,))]
     accuracies = [measure for measure in (question.primary, *scored_measures(records)) if is_accuracy(measure)]
-    scored = [measure for measure in accuracies if averaged_tasks(records, measure=measure)]
-    for name in ("accuracy.png", "accuracy.svg") if scored else ():
-        plot_accuracy_over_parameters(records, folder / name, measure=scored[0])
-        paths.append(folder / name)
+    averaged = [measure for measure in accuracies if averaged_tasks(records, measure=measure)]
+    for ending in _PICTURE_ENDINGS:
+        if any(judged_rows(table) for table in judged):
+            paths.append(folder / f"differences{ending}")
+            plot_differences(judged, paths[-1], question=question)
+        if averaged:
+            paths.append(folder / f"accuracy{ending}")
+            plot_accuracy_over_parameters(records, paths[-1], measure=averaged[0])
     return paths
 
 
-def _markdown(
-    tables: Sequence[StudyTable],
-    *,
-    study_name: str,
-    introduction: str,
-    notes: Mapping[str, str],
-    budget_mismatches: Sequence[BudgetMismatch],
-) -> str:
-    blocks = [f"# {study_name}", introduction.strip(), "\n".join(f"- {row}: {note}" for row, note in notes.items())]
-    if budget_mismatches:
-        sentences = [f"- {mismatch.sentence}" for mismatch in budget_mismatches]
-        blocks += ["**Budgets that do not match:**", "\n".join(sentences)]
-    blocks += [to_markdown(table).rstrip("\n") for table in tables]
+def _markdown(tables: Sequence[StudyTable], above: Sequence[str]) -> str:
+    blocks = [*above, *(to_markdown(table).rstrip("\n") for table in tables)]
     return "\n\n".join(block for block in blocks if block) + "\n"
+
+
+def _about_budgets(mismatches: Sequence[BudgetMismatch]) -> str:
+    if not mismatches:
+        return ""
+    return "\n".join(["**Budgets that do not match:**", "", *(f"- {mismatch.sentence}" for mismatch in mismatches)])
 
 
 def _results(
     records: Sequence[RunRecord],
     tables: Sequence[StudyTable],
     *,
+    overviews: Sequence[StudyTable],
     question: Question,
     study_name: str,
     missing: Sequence[MissingRun],
     provenance: Mapping[str, Any],
     budget_mismatches: Sequence[BudgetMismatch],
 ) -> str:
-    overview = overview_tables(records, question, missing=missing)
     content = {
         "name": study_name,
         **provenance,
-        "question": vars(question),
+        "question": asdict(question),
         "seeds": sorted({run.seed for run in (*records, *missing)}),
-        "rows": [{"data": table.title, **row} for table in overview for row in table.rows],
+        "rows": [{"data": table.title, **row} for table in overviews for row in table.rows],
         "runs": [_summary(record) for record in records],
         "missing": [vars(run) for run in missing],
         "budget_mismatches": [

@@ -1,35 +1,17 @@
-"""The file of a study: which rows are compared on which data, with which seeds, and what they share.
-
-name: mixtures_on_math
-baseline: soft_moa                  # the row that all others are compared with
-recipe: {model: packaged, max_steps: 60, data: {template: alpaca, validation_size: 100}, ...}
-data:
-  math: {train: math/train.json, test: math, tasks: [MultiArith, AddSub], scorings: [nll, generate]}
-seeds: [0, 1, 2]
-rows:
-  soft_moa: {}                      # the row's name is its method
-  lora_matched: {method: lora, moa: {rank: 22}, matched_to: soft_moa}
-search: {data: math, seed: 0, max_steps: 40, learning_rate: [3e-4, 1e-3, 3e-3]}
-primary: nll
-margin: 0.01
-"""
+"""A study: which rows are compared on which data, with which seeds, and what they share."""
 
 from __future__ import annotations
 
 import copy
 import difflib
 import re
-from collections.abc import Mapping
-from dataclasses import MISSING, asdict, dataclass, field, fields, replace
-from pathlib import Path
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field
 from typing import Any
-
-import yaml
 
 from moa_peft.errors import UserError
 from moa_peft.evaluation.predictions import KINDS
 from moa_peft.study.records import PRIMARY_MEASURES
-from moa_peft.training.recipe import number_from
 
 _NAME = re.compile(r"[A-Za-z0-9_-]+")
 _ONE_BUDGET = {"max_steps", "num_train_epochs", "per_device_train_batch_size", "gradient_accumulation_steps", "data"}
@@ -108,6 +90,21 @@ class RowSpec:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ComparisonSpec:
+    """One question of the study, a family of tests of its own.
+
+    Attributes:
+        question: heading of its table.
+        rows: the rows that are compared.
+        baseline: the row that they are compared with; None for the study's.
+    """
+
+    question: str
+    rows: tuple[str, ...]
+    baseline: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
 class SearchSpec:
     """The search for a learning rate: the same tries for every row, decided by validation loss.
 
@@ -140,6 +137,8 @@ class StudySpec:
         margin: differences below it do not matter; None where none is asked about.
         parameter_tolerance: relative difference of trainable parameters that `matched_to` allows.
         question: what the study asks, printed above the tables.
+        comparisons: its single questions, each with a table and corrected p values of its own; without any, all rows
+            against the baseline are one question.
     """
 
     name: str
@@ -153,18 +152,19 @@ class StudySpec:
     margin: float | None = None
     parameter_tolerance: float = 0.05
     question: str = ""
+    comparisons: tuple[ComparisonSpec, ...] = ()
 
     def __post_init__(self) -> None:
         wrong_name = next((name for name in (*self.rows, *self.data) if not _NAME.fullmatch(name)), None)
         if wrong_name is not None:
             raise UserError(f"study: the name {wrong_name!r} is not allowed; use letters, digits, _ and -.")
         if self.baseline not in self.rows:
-            raise UserError(f"study: baseline {self.baseline!r} is no row. {_near(self.baseline, self.rows)}")
+            raise UserError(f"study: baseline {self.baseline!r} is no row. {near(self.baseline, self.rows)}")
         for name, row in self.rows.items():
             for key in ("matched_to", "learning_rate_of"):
                 other = getattr(row, key)
                 if other is not None and (other not in self.rows or other == name):
-                    raise UserError(f"study: rows.{name}.{key}: {other!r} is no other row. {_near(other, self.rows)}")
+                    raise UserError(f"study: rows.{name}.{key}: {other!r} is no other row. {near(other, self.rows)}")
             if row.learning_rate_of is not None and self.rows[row.learning_rate_of].learning_rate_of is not None:
                 raise UserError(
                     f"study: rows.{name}.learning_rate_of: {row.learning_rate_of!r} takes its rate from another row "
@@ -173,7 +173,7 @@ class StudySpec:
         for name, data in self.data.items():
             unknown = [row for row in data.rows or () if row not in self.rows]
             if unknown:
-                raise UserError(f"study: data.{name}.rows: {unknown[0]!r} is no row. {_near(unknown[0], self.rows)}")
+                raise UserError(f"study: data.{name}.rows: {unknown[0]!r} is no row. {near(unknown[0], self.rows)}")
             if data.rows is not None and self.baseline not in data.rows:
                 raise UserError(f"study: data.{name}.rows must name the baseline {self.baseline!r} too.")
             wrong = [scoring for scoring in data.scorings if scoring not in KINDS]
@@ -189,7 +189,7 @@ class StudySpec:
         if self.search is not None:
             if self.search.data not in self.data:
                 raise UserError(
-                    f"study: search.data {self.search.data!r} is no data set. {_near(self.search.data, self.data)}"
+                    f"study: search.data {self.search.data!r} is no data set. {near(self.search.data, self.data)}"
                 )
             twice = next((where for where, recipe in recipes.items() if "learning_rate" in recipe), None)
             if twice is not None:
@@ -231,6 +231,25 @@ class StudySpec:
         if self.margin is not None and not self.margin > 0:
             raise UserError(f"study: margin {self.margin} is not allowed; give more than 0, or leave it out.")
 
+        for number, asked in enumerate(self.comparisons):
+            self._check_comparison(asked, f"comparisons[{number}]")
+
+    def _check_comparison(self, asked: ComparisonSpec, where: str) -> None:
+        baseline = asked.baseline or self.baseline
+        for name in (baseline, *asked.rows):
+            if name not in self.rows:
+                raise UserError(f"study: {where}: {name!r} is no row. {near(name, self.rows)}")
+        if baseline in asked.rows:
+            raise UserError(f"study: {where}.rows: {baseline!r} is what the rows are compared with. Leave it out.")
+        for row in asked.rows:
+            shared = [data for data in self.data if {row, baseline} <= set(self.rows_on(data))]
+            paired = [data for data in shared if set(self.seeds_of(row, data)) & set(self.seeds_of(baseline, data))]
+            if not paired:
+                raise UserError(
+                    f"study: {where}: {row!r} and {baseline!r} have no data set and seed in common, so there is "
+                    "nothing to pair. Give them one, or leave the row out."
+                )
+
     def to_dict(self) -> dict[str, Any]:
         """The study as plain values, for result files."""
         return asdict(self)
@@ -250,101 +269,11 @@ class StudySpec:
         return self.rows[row].seeds or self.data[data].seeds or self.seeds
 
 
-def load_study(path: Path) -> StudySpec:
-    """Read a study file; a model that is a folder beside it may be named relative to it.
-
-    Raises:
-        UserError: the file is missing or no mapping, a key is unknown or missing, a value is not allowed.
-    """
-    if not path.is_file():
-        raise UserError(f"study: there is no file {str(path)!r}. Give a YAML file such as studies/smoke.yaml")
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"study: {str(path)!r} is no valid YAML: {error}") from error
-    if not isinstance(content, dict):
-        raise UserError(f"study: {str(path)!r} must hold 'key: value' lines.")
-    spec = parse_study(content, default_name=path.stem)
-    beside = path.parent / str(spec.recipe.get("model", ""))
-    if (beside / "config.json").is_file():
-        spec = replace(spec, recipe={**spec.recipe, "model": str(beside)})
-    return spec
-
-
-def parse_study(content: Mapping[str, Any], *, default_name: str = "study") -> StudySpec:
-    """Check the content of a study file; see `load_study`."""
-    given = {"name": default_name, **number_from(dict(content))}
-    for key in ("data", "rows", "recipe"):
-        if not isinstance(given.get(key), dict) or not given[key]:
-            raise UserError(f"study: {key} must be a block of 'name: settings'; see `moa compare --help`.")
-    data = {name: _build(DataSpec, block, f"data.{name}") for name, block in given["data"].items()}
-    rows = {
-        name: _build(RowSpec, {"method": name, **_row_block(block, name)}, f"rows.{name}")
-        for name, block in given["rows"].items()
-    }
-    search = given.get("search")
-    more = {"data": data, "rows": rows, "search": None if search is None else _build(SearchSpec, search, "search")}
-    return _build(StudySpec, {**given, **more}, "")
-
-
-def _row_block(block: Any, name: str) -> dict[str, Any]:
-    if block is not None and not isinstance(block, dict):
-        raise UserError(f"study: rows.{name} must be a block of 'key: value' lines or empty, got {block!r}.")
-    return block or {}
-
-
-def _build(kind: Any, block: Any, where: str) -> Any:
-    """Make a dataclass of a block: unknown and missing keys are refused, lists become tuples, kinds are checked."""
-    prefix = f"{where}." if where else ""
-    if not isinstance(block, Mapping):
-        raise UserError(f"study: {where} must be a block of 'key: value' lines, got {block!r}.")
-    known = {item.name: item for item in fields(kind)}
-    for key in block:
-        if key not in known:
-            raise UserError(f"study: unknown key {prefix}{key}. {_near(str(key), known)}")
-    values: dict[str, Any] = {}
-    for name, item in known.items():
-        has_default = item.default is not MISSING or item.default_factory is not MISSING
-        value = block.get(name)
-        if value is None:
-            if not has_default:
-                raise UserError(f"study: {prefix}{name} must be set.")
-            continue
-        kind_of_item = str(item.type).partition("[")[0].partition(" ")[0]
-        values[name] = _converted(value, kind_of_item, str(item.type), prefix + name)
-    return kind(**values)
-
-
-def _converted(value: Any, kind: str, full: str, where: str) -> Any:
-    if kind == "tuple":
-        entries = value if isinstance(value, list | tuple) else [value]
-        wanted = str if "str" in full else float if "float" in full else int
-        found = tuple(_scalar(entry, wanted, where) for entry in entries)
-        twice = next((entry for entry in found if found.count(entry) > 1), None)
-        if twice is not None or not found:
-            raise UserError(f"study: {where} {'is empty' if twice is None else f'has {twice!r} twice'}.")
-        return found
-    scalars = {"str": str, "int": int, "float": float}
-    if kind in scalars:
-        return _scalar(value, scalars[kind], where)
-    if kind == "Mapping" and not isinstance(value, Mapping):
-        raise UserError(f"study: {where} must be a block of 'key: value' lines, got {value!r}.")
-    return value
-
-
-def _scalar(value: Any, wanted: type, where: str) -> Any:
-    allowed = (int, float) if wanted is float else (wanted,)
-    if isinstance(value, bool) or not isinstance(value, allowed):
-        names = {str: "text", int: "a whole number", float: "a number"}
-        raise UserError(f"study: {where}: {value!r} must be {names[wanted]}.")
-    if wanted is int and value < (0 if "seed" in where else 1):
-        raise UserError(f"study: {where}: {value} is too small.")
-    return wanted(value)
-
-
-def _near(name: str, known: Any) -> str:
-    near = difflib.get_close_matches(str(name), [str(item) for item in known], n=1)
-    return f"Did you mean {near[0]!r}?" if near else f"There are: {', '.join(map(str, known))}."
+def near(name: str, known: Iterable[Any]) -> str:
+    """A hint for a name that is not known: the nearest one that is, or all of them."""
+    known = [str(item) for item in known]
+    matches = difflib.get_close_matches(name, known, n=1)
+    return f"Did you mean {matches[0]!r}?" if matches else f"There are: {', '.join(known)}."
 
 
 def _merged(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:

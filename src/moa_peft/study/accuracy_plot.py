@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from moa_peft.errors import UserError
+from moa_peft.study.drawing import check_format, import_matplotlib, save_figure
 from moa_peft.study.records import RunRecord, averaged_tasks
 from moa_peft.study.statistics import MeanSpread, macro_average, mean_and_spread
 
@@ -20,7 +20,6 @@ _PANEL_INCHES = (5.6, 4.2)
 _PANELS_IN_A_ROW = 2
 _LABEL_POINTS = 8.0
 _APART = 0.02  # of the length of the axis
-_FORMATS = (".png", ".svg")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,11 +30,6 @@ class _Point:
     parameters: int
     x: float
     accuracy: MeanSpread
-
-
-def require_matplotlib() -> None:
-    """Raise a `UserError` unless matplotlib is installed: for checks before long work."""
-    _import_matplotlib()
 
 
 def plot_accuracy_over_parameters(records: Sequence[RunRecord], path: Path, *, measure: str) -> None:
@@ -53,9 +47,8 @@ def plot_accuracy_over_parameters(records: Sequence[RunRecord], path: Path, *, m
     Raises:
         UserError: matplotlib is missing, the ending is another one, or no run was scored by `measure`.
     """
-    matplotlib = _import_matplotlib()
-    if path.suffix not in _FORMATS:
-        raise UserError(f"path is {str(path)!r}; a plot is written as {' or '.join(_FORMATS)}. Give another ending.")
+    matplotlib = import_matplotlib()
+    check_format(path)
     panels = {data: _points(records, data=data, measure=measure) for data in dict.fromkeys(r.data for r in records)}
     panels = {data: points for data, points in panels.items() if points}
     if not panels:
@@ -85,7 +78,7 @@ def plot_accuracy_over_parameters(records: Sequence[RunRecord], path: Path, *, m
     figure.set_layout_engine("none")
     for panel, points in zip(axes, panels.values(), strict=False):
         _label(panel, points)
-    _save(figure, path, matplotlib)
+    save_figure(figure, path)
 
 
 def _points(records: Sequence[RunRecord], *, data: str, measure: str) -> list[_Point]:
@@ -129,7 +122,7 @@ def _limits(points: Sequence[_Point]) -> tuple[float, float]:
 
 
 def _draw(panel: Any, points: Sequence[_Point], *, styles: dict[str, int]) -> None:
-    ticker = _import_matplotlib().ticker
+    ticker = import_matplotlib().ticker
     panel.set_xscale("log")
     panel.set_xlim(*_limits(points))
     panel.xaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
@@ -161,7 +154,7 @@ def _draw(panel: Any, points: Sequence[_Point], *, styles: dict[str, int]) -> No
 
 def _label(panel: Any, points: Sequence[_Point]) -> None:
     """Write every row's name at the nearest free place, with a thin line to its point where that is not beside it."""
-    matplotlib = _import_matplotlib()
+    matplotlib = import_matplotlib()
     renderer = panel.figure.canvas.get_renderer()
     frame = panel.get_window_extent(renderer)
     pixels = panel.figure.dpi / 72
@@ -189,7 +182,7 @@ def _label(panel: Any, points: Sequence[_Point]) -> None:
 
 def _extent(panel: Any, point: _Point, *, pad: float) -> Any:
     """The box of a point with its bars, in pixels."""
-    matplotlib = _import_matplotlib()
+    matplotlib = import_matplotlib()
     reach = point.accuracy.deviation or 0.0
     ends = [(point.x, point.accuracy.mean + sign * reach) for sign in (-1, 1)]
     return matplotlib.transforms.Bbox(panel.transData.transform(ends)).padded(pad)
@@ -199,7 +192,7 @@ def _free_place(
     anchor: Any, width: float, height: float, taken: Sequence[Any], frame: Any, pixels: float, *, only_right: bool
 ) -> Any:
     """The box nearest to `anchor` that overlaps nothing and lies inside the panel; beside the point if none does."""
-    matplotlib = _import_matplotlib()
+    matplotlib = import_matplotlib()
     x, y = anchor
     first = None
     for ring in range(40):
@@ -217,26 +210,3 @@ def _free_place(
             if inside and not any(box.padded(pixels).overlaps(other) for other in taken):
                 return box
     return first
-
-
-def _save(figure: Any, path: Path, matplotlib: Any) -> None:
-    """Write under a temporary name, then rename; without dates or random ids in the file."""
-    temporary = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
-    try:
-        with matplotlib.rc_context({"svg.hashsalt": "moa"}):
-            figure.savefig(temporary, metadata={"Date": None} if path.suffix == ".svg" else None)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def _import_matplotlib() -> Any:
-    try:
-        import matplotlib
-        import matplotlib.backends.backend_agg
-        import matplotlib.figure
-        import matplotlib.ticker
-        import matplotlib.transforms
-    except ImportError as error:
-        raise UserError("plot: pictures need matplotlib. Run: pip install 'moa-peft[plot]'") from error
-    return matplotlib
