@@ -12,6 +12,7 @@ from transformers import BloomConfig, Gemma3Config, GenerationConfig
 
 from moa_peft import MoAConfig
 from moa_peft.adapter_loading import load_adapter
+from moa_peft.base_models import load_model
 from moa_peft.errors import UserError
 from moa_peft.generation import generate_texts, max_positions, stream_text
 from tests.tiny import save_tiny, tiny_model, tiny_tokenizer
@@ -184,6 +185,13 @@ def test_the_base_of_an_adapter_may_be_quantised(tmp_path: Path) -> None:
     # The adapter starts at zero, so the difference is that of the quantised base, and not nothing.
     difference = (loaded.model(ids).logits.float() - base(ids).logits).abs().max()
     assert 0 < difference < 2
+
+
+@pytest.mark.parametrize("settings", [{"quantization": None}, {"quantization": "int4"}, {"dtype": "fp16"}])
+def test_a_base_of_an_unknown_kind_is_refused(tmp_path: Path, settings: dict[str, Any]) -> None:
+    save_tiny(tmp_path / "base")
+    with pytest.raises(UserError, match=f"{next(iter(settings))}: .* is not allowed; give one of"):
+        load_model(str(tmp_path / "base"), **settings)
 
 
 @pytest.mark.parametrize("settings", [{"batch_size": 0}, {"max_new_tokens": 0}, {"temperature": -1.0}, {"top_p": 0.5}])

@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from moa_peft.errors import UserError
 
@@ -128,10 +128,14 @@ def load_model(
         revision: branch, tag or commit of a hub model.
 
     Raises:
-        UserError: the model cannot be found or loaded, or bitsandbytes is missing.
+        UserError: the model cannot be found or loaded, a setting has another value than those above, or bitsandbytes is
+            missing.
     """
     from transformers import AutoModelForCausalLM
 
+    for name, value, kind in (("dtype", dtype, Dtype), ("quantization", quantization, Quantization)):
+        if value not in get_args(kind):
+            raise UserError(f"{name}: {value!r} is not allowed; give one of {', '.join(get_args(kind))}.")
     source = resolve_model(reference)
     options: dict[str, Any] = {"dtype": resolve_dtype(dtype), "revision": revision or "main"}
     if attn_implementation is not None:
