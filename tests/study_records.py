@@ -16,7 +16,7 @@ ROWS = {
     "soft_moa": ("soft_moa", 2_000_000, -0.001),
     "mixlora": ("mixlora", 40_000_000, 0.15),
 }
-QUESTION = Question(baseline="lora", primary="nll", lower_is_better=True, margin=0.05)
+QUESTION = Question(baseline="lora", primary="nll", margin=0.05)
 MISSING = (
     MissingRun(row="mixlora", data="MetaMath", seed=3, reason="out of memory"),
     MissingRun(row="hydralora", data="MetaMath", seed=1),

@@ -18,7 +18,8 @@ from rich.console import Console
 
 from moa_peft.cli import main
 from moa_peft.errors import UserError
-from moa_peft.study.jobs import Job, chosen_rates, job_digest, job_recipe, run_jobs, search_jobs
+from moa_peft.study.jobs import REPORT_FILES, Job, chosen_rates, job_digest, job_recipe, run_jobs, search_jobs
+from moa_peft.study.questions import Question
 from moa_peft.study.runner import Study
 from moa_peft.study.study_file import load_study, parse_study
 
@@ -36,6 +37,9 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def smoke(**changes: Any) -> dict[str, Any]:
     content = yaml.safe_load(SMOKE.read_text())
     content["recipe"]["model"] = str(SMOKE.parent / "smoke" / "base")
+    if "rows" in changes:
+        # Its question is about a row that may not be there.
+        del content["comparisons"]
     return {**content, **changes}
 
 
@@ -44,7 +48,7 @@ def study(out: Path, **changes: Any) -> Study:
 
 
 def test_the_smoke_study_ends_in_tables(finished: Path) -> None:
-    names = {"table.md", "table.csv", "table.tex", "results.json", "accuracy.png", "accuracy.svg", "records", "search"}
+    names = {*REPORT_FILES, "records", "search"}
     assert names <= {path.name for path in finished.iterdir()}
     results = json.loads((finished / "results.json").read_text())
     assert results["seeds"] == [0, 1] and results["missing"] == [] and results["budget_mismatches"] == []
@@ -63,7 +67,7 @@ def test_the_smoke_study_ends_in_tables(finished: Path) -> None:
     for file in (*finished.glob("records/*.json"), *finished.glob("search/*.json")):
         assert str(finished) not in file.read_text() and "path" not in json.loads(file.read_text())["recipe"]["data"]
     table = (finished / "table.md").read_text()
-    assert "soft_moa" in table and "lora" in table
+    assert "soft_moa" in table and "lora" in table and "## sums: Is LoRA worse?" in table
 
 
 def test_the_rate_with_the_least_validation_loss_is_taken(finished: Path) -> None:
@@ -169,6 +173,20 @@ def test_a_run_that_fails_is_named_and_the_others_are_kept(
         ({"seeds": [0, "one"]}, "seeds"),
         ({"seeds": None}, "seeds must be set"),
         ({"margin": 0}, "margin"),
+        ({"margin": float("inf")}, "margin"),
+        ({"parameter_tolerance": -0.1}, "parameter_tolerance"),
+        ({"parameter_tolerance": float("nan")}, "parameter_tolerance"),
+        ({"seeds": 3}, "seeds must be a list"),
+        ({"rows": {"soft_moa": {}, 1: {"method": "lora"}}}, "the name 1 is not allowed"),
+        ({"data": {2024: smoke()["data"]["sums"]}}, "the name 2024 is not allowed"),
+        ({"recipe": {"model": "x", "max_steps": 3, "data": "train.json"}}, "recipe.data must be a block"),
+        ({"recipe": {"model": "x", "max_steps": 3, "data": {"split": "validation"}}}, "recipe.data.split"),
+        ({"recipe": {"model": "x", "max_steps": 3, "eval_steps": 1}}, "recipe.eval_steps cannot be set"),
+        ({"rows": {"soft_moa": {}, "lora": {"recipe": {"model": "y"}}}}, "one budget"),
+        ({"rows": {"soft_moa": {}, "lora": {"recipe": {"train_sampling_strategy": "random"}}}}, "one budget"),
+        ({"rows": {"soft_moa": {}, "lora": {"learning_rate_of": "soft_moa"}}, "search": None}, "needs a search"),
+        ({"comparisons": [{"question": "?", "rows": ["lora"]}] * 2}, "asked twice"),
+        ({"comparisons": False}, "comparisons must be a list"),
         ({"primary": "loss"}, "primary 'loss'"),
         ({"data": {}}, "data must be a block"),
         ({"data": {"sums": {"train": "x", "test": "y", "tasks": ["AddSub"], "scorings": ["guess"]}}}, "scorings"),
@@ -235,12 +253,22 @@ def test_a_rate_that_diverges_is_a_try_like_others(tmp_path: Path) -> None:
     work = Study(parse_study(content), roots=[SMOKE.parent], output=tmp_path / "out")
     outcome = work.run(processes=2, threads=1, console=Console(quiet=True))
     assert [record.learning_rate for record in outcome.records] == [1e-3] and not outcome.failed
+    assert work.rates_at_the_ends() == [
+        "Chosen learning rates at an end of the tries, beyond which a better one may lie: soft_moa (0.001)."
+    ]
+    content["search"]["learning_rate"] = [1e38, 2e38]
+    hopeless = Study(parse_study(content), roots=[SMOKE.parent], output=tmp_path / "hopeless")
+    assert [run.reason for run in hopeless.outcome().missing] == ["its learning rate is not chosen yet"]
+    outcome = hopeless.run(processes=2, threads=1, console=Console(quiet=True))
+    assert [run.reason for run in outcome.missing] == ["training diverged at every learning rate"]
 
 
 def test_folders_of_something_else_are_left_alone(finished: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="holds the study 'smoke', not 'other'"):
         study(finished, name="other")
     (tmp_path / "out").mkdir()
+    (tmp_path / "out" / ".table.md.123").write_text("left by a process that was killed")
+    study(tmp_path / "out")
     (tmp_path / "out" / "thesis.tex").write_text("x")
     with pytest.raises(UserError, match="thesis.tex"):
         study(tmp_path / "out")
@@ -318,6 +346,29 @@ def test_a_data_set_has_keys_of_a_recipe_of_its_own(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="rows.soft_moa: .*max_lenght"):
         wrong = parse_study(content | {"data": {**content["data"], "other": other | {"recipe": {"max_lenght": 2}}}})
         Study(wrong, roots=[SMOKE.parent], output=tmp_path / "out")
+
+
+def test_questions_have_the_baseline_of_the_study_unless_they_name_one() -> None:
+    asked = [
+        {"question": "Is LoRA worse?", "rows": ["lora"]},
+        {"question": "Is soft MoA better?", "rows": ["soft_moa"], "baseline": "lora"},
+    ]
+    question = Question.of(parse_study(smoke(comparisons=asked)))
+    assert [(each.baseline, each.rows) for each in question.comparisons] == [
+        ("soft_moa", ("lora",)),
+        ("lora", ("soft_moa",)),
+    ]
+    assert question.baseline == "soft_moa" and question.primary == "nll" and question.margin is None
+
+
+def test_a_set_without_a_way_of_scoring_is_refused(tmp_path: Path) -> None:
+    content = smoke(primary="accuracy_strict")
+    content["data"]["sums"] |= {"tasks": ["AddSub", "SVAMP"], "scorings": ["generate"], "generate_tasks": ["AddSub"]}
+    content["data"]["sums"]["test"] = str(tmp_path)
+    for name in ("AddSub", "SVAMP"):
+        shutil.copy(SMOKE.parent / "smoke" / "AddSub.test.json", tmp_path / f"{name}.json")
+    with pytest.raises(UserError, match="generate_tasks leaves 'SVAMP' out"):
+        Study(parse_study(content), roots=[SMOKE.parent], output=tmp_path / "out")
 
 
 def test_a_question_needs_runs_in_common() -> None:

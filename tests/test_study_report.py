@@ -12,6 +12,7 @@ from moa_peft.study.accuracy_plot import plot_accuracy_over_parameters
 from moa_peft.study.budgets import check_budgets
 from moa_peft.study.difference_plot import plot_differences
 from moa_peft.study.jobs import REPORT_FILES
+from moa_peft.study.questions import Question
 from moa_peft.study.records import RunRecord
 from moa_peft.study.report import write_report
 from moa_peft.study.tables import study_tables
@@ -31,7 +32,7 @@ def report(folder, records, **changes):
         "folder": folder,
         "provenance": {"command": "moa compare study.yaml", "versions": {"moa-peft": "0"}},
         "introduction": "Does the prompt help?",
-        "notes": {"soft_moa": "without the prompt"},
+        "remarks": ["soft_moa: without\nthe prompt"],
         "budget_mismatches": check_budgets(records, matched={"soft_moa": "lora"}, tolerance=0.05),
     }
     settings |= changes
@@ -67,7 +68,31 @@ def test_the_report_is_complete_and_the_same_every_time(tmp_path, records):
     assert "AddSub-7" not in files["results.json"].read_text()
 
 
-def test_a_study_without_accuracy_has_no_picture(tmp_path, records):
+def test_what_an_earlier_report_left_is_removed(tmp_path, records):
+    report(tmp_path, records)
+    (tmp_path / "records").mkdir()
+    written = report(tmp_path, [run for run in records if run.row == "lora"], missing=())
+    assert {path.name for path in tmp_path.iterdir()} == {path.name for path in written} | {"records"}
+    assert not (tmp_path / "differences.png").exists()
+
+
+def test_every_data_set_is_drawn_with_an_accuracy_of_its_own(tmp_path, records, monkeypatch):
+    from matplotlib.figure import Figure
+
+    kept = {}
+    monkeypatch.setattr(Figure, "savefig", lambda f, file, **_: (kept.setdefault(file.name, f), file.write_bytes(b"")))
+    others = [
+        replace(run, scores=tuple(replace(s, measure=s.measure.removesuffix("_strict")) for s in run.scores))
+        for run in make_records("Alpaca")
+    ]
+    paths = report(tmp_path, [*records, *others])
+    assert tmp_path / "accuracy.png" in paths
+    (figure,) = [figure for name, figure in kept.items() if name.startswith(".accuracy") and name.endswith(".png")]
+    drawn = {panel.get_title(): panel.get_ylabel() for panel in figure.axes}
+    assert drawn == {"MetaMath": "accuracy strict (%)", "Alpaca": "accuracy (%)"}
+
+
+def test_a_study_without_accuracy_has_no_picture_of_it(tmp_path, records):
     plain = [
         RunRecord.from_dict(
             {**r.to_dict(), "scores": [s for s in r.to_dict()["scores"] if s["measure"] == "nll"]}, source="-"
@@ -90,7 +115,7 @@ def test_a_picture_needs_an_average(tmp_path, records):
         replace(run, scores=tuple(replace(s, task=f"{s.task} (transfer)") for s in run.scores)) for run in records
     ]
     with pytest.raises(UserError, match="on a question set that the average covers"):
-        plot_accuracy_over_parameters(only_transfer, tmp_path / "a.png", measure="accuracy_strict")
+        plot_accuracy_over_parameters(only_transfer, tmp_path / "a.png", measures={"MetaMath": "accuracy_strict"})
     names = {path.name for path in report(tmp_path / "report", only_transfer, missing=())}
     assert names == {"table.md", "details.md", "table.csv", "table.tex", "results.json"}
 
@@ -101,7 +126,7 @@ def drawn_labels(monkeypatch, records, path):
 
     kept = []
     monkeypatch.setattr(Figure, "savefig", lambda figure, file, **_: (kept.append(figure), file.write_bytes(b"x")))
-    plot_accuracy_over_parameters(records, path, measure="accuracy_strict")
+    plot_accuracy_over_parameters(records, path, measures={"MetaMath": "accuracy_strict"})
     (figure,) = kept
     (panel,) = figure.axes
     renderer = figure.canvas.get_renderer()
@@ -139,6 +164,21 @@ def test_differences_are_drawn_with_interval_and_margin(tmp_path, records, monke
     (band,) = panel.patches
     assert band.get_x() == -0.05 and band.get_width() == pytest.approx(0.1)
     assert {text.get_text() for text in figure.legends[0].get_texts()} == {row["verdict"] for row in compared}
+    assert panel.get_xlabel() == "nll: row - lora (left is better; grey: the margin)"
+    assert panel.get_xlim() == same.get_xlim()
+
+
+def test_differences_of_an_accuracy_are_drawn_in_percent_without_a_margin(tmp_path, records, monkeypatch):
+    from matplotlib.figure import Figure
+
+    kept = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, file, **_: (kept.append(figure), file.write_bytes(b"x")))
+    question = Question(baseline="lora", primary="accuracy_strict")
+    (tables,) = study_tables(records, question)
+    plot_differences([tables.overview], tmp_path / "a.svg", question=question)
+    (panel,) = kept[0].axes
+    assert panel.get_xlabel() == "accuracy strict %: row - lora (right is better)" and not panel.patches
+    assert panel.containers[0].lines[0].get_xdata()[0] == 100 * tables.overview.rows[1]["difference"]
 
 
 def test_differences_of_nothing_are_not_drawn(tmp_path, records):
@@ -165,6 +205,6 @@ def test_a_row_without_parameters_is_a_line(tmp_path, records, monkeypatch):
 
 def test_a_picture_of_an_unknown_kind_or_measure_is_refused(tmp_path, records):
     with pytest.raises(UserError, match=r"written as \.png or \.svg"):
-        plot_accuracy_over_parameters(records, tmp_path / "a.pdf", measure="accuracy_strict")
-    with pytest.raises(UserError, match="no run was scored by it"):
-        plot_accuracy_over_parameters(records, tmp_path / "a.png", measure="accuracy")
+        plot_accuracy_over_parameters(records, tmp_path / "a.pdf", measures={"MetaMath": "accuracy_strict"})
+    with pytest.raises(UserError, match="no run was scored by them"):
+        plot_accuracy_over_parameters(records, tmp_path / "a.png", measures={"MetaMath": "accuracy"})

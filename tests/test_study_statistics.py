@@ -216,6 +216,7 @@ def test_holm():
     assert holm([0.03, 0.01, 0.9, 0.02]) == pytest.approx([0.06, 0.04, 0.9, 0.06])
     assert holm([0.6, 0.7]) == [1.0, 1.0]
     assert holm([]) == []
+    assert holm([0.01, 0.04], num_tests=3) == pytest.approx([0.03, 0.08])
 
 
 def test_twins_stay_out_of_the_average():

@@ -128,8 +128,7 @@ def load_model(
         revision: branch, tag or commit of a hub model.
 
     Raises:
-        UserError: the model cannot be found or loaded, a setting has another value than those above, or bitsandbytes is
-            missing.
+        UserError: the model cannot be found or loaded, dtype or quantization is unknown, or bitsandbytes is missing.
     """
     from transformers import AutoModelForCausalLM
 

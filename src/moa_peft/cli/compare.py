@@ -103,8 +103,8 @@ def _report(work: Study, outcome: StudyOutcome, *, command: str, console: Consol
     """Write the report over what is there, and print its first tables."""
     from moa_peft.environment import library_versions
     from moa_peft.study.budgets import check_budgets
-    from moa_peft.study.questions import Comparison, Question
-    from moa_peft.study.report import write_report
+    from moa_peft.study.questions import Question
+    from moa_peft.study.report import remove_report, write_report
     from moa_peft.study.table_formats import to_rich
     from moa_peft.study.tables import study_tables
 
@@ -112,20 +112,12 @@ def _report(work: Study, outcome: StudyOutcome, *, command: str, console: Consol
     for sentence in outcome.failed:
         console.print(f"Failed: {sentence}", style="red", highlight=False, markup=False, soft_wrap=True)
     if not outcome.records:
+        remove_report(work.folder.path)
         console.print("No run is finished, so there is no table yet.", highlight=False)
         return
     matched = {row: settings.matched_to for row, settings in spec.rows.items() if settings.matched_to is not None}
     mismatches = check_budgets(outcome.records, matched=matched, tolerance=spec.parameter_tolerance)
-    question = Question(
-        baseline=spec.baseline,
-        primary=spec.primary,
-        lower_is_better=spec.primary == "nll",
-        margin=spec.margin,
-        comparisons=tuple(
-            Comparison(title=asked.question, baseline=asked.baseline or spec.baseline, rows=asked.rows)
-            for asked in spec.comparisons
-        ),
-    )
+    question = Question.of(spec)
     tables = study_tables(outcome.records, question, missing=outcome.missing)
     paths = write_report(
         tables,
@@ -137,7 +129,10 @@ def _report(work: Study, outcome: StudyOutcome, *, command: str, console: Consol
         provenance={"command": command, "versions": library_versions(), "study": spec.to_dict()},
         budget_mismatches=mismatches,
         introduction=spec.question,
-        notes={row: settings.note for row, settings in spec.rows.items() if settings.note},
+        remarks=[
+            *(f"{row}: {settings.note}" for row, settings in spec.rows.items() if settings.note),
+            *work.rates_at_the_ends(),
+        ],
     )
     for table in (table for of_data in tables for table in (of_data.overview, *of_data.comparisons)):
         Console().print(to_rich(table, width=Console().width), "")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -32,7 +32,7 @@ class _Point:
     accuracy: MeanSpread
 
 
-def plot_accuracy_over_parameters(records: Sequence[RunRecord], path: Path, *, measure: str) -> None:
+def plot_accuracy_over_parameters(records: Sequence[RunRecord], path: Path, *, measures: Mapping[str, str]) -> None:
     """Draw mean accuracy over trainable parameters, with the standard deviation over seeds as bars.
 
     Every row is a point with its name beside it; the axis of parameters is logarithmic. Rows of (nearly) equal numbers
@@ -40,21 +40,21 @@ def plot_accuracy_over_parameters(records: Sequence[RunRecord], path: Path, *, m
     over tasks in percent (see `averaged_tasks`). The same records give the same bytes.
 
     Args:
-        records: the finished runs; those that `measure` did not score on a set that the average covers are left out.
+        records: the finished runs; those not scored on a set that the average covers are left out.
         path: the file to write, ending in ``.png`` or ``.svg``.
-        measure: an accuracy, as in `ItemScores.measure`.
+        measures: for every data set to draw an accuracy, as in `ItemScores.measure`.
 
     Raises:
-        UserError: matplotlib is missing, the ending is another one, or no run was scored by `measure`.
+        UserError: matplotlib is missing, the ending is another one, or no run was scored by these measures.
     """
     matplotlib = import_matplotlib()
     check_format(path)
-    panels = {data: _points(records, data=data, measure=measure) for data in dict.fromkeys(r.data for r in records)}
+    panels = {data: _points(records, data=data, measure=measure) for data, measure in measures.items()}
     panels = {data: points for data, points in panels.items() if points}
     if not panels:
         raise UserError(
-            f"measure is {measure!r}, but no run was scored by it on a question set that the average covers; "
-            "give one that the records hold."
+            f"measures are {dict(measures)!r}, but no run was scored by them on a question set that the average "
+            "covers; give some that the records hold."
         )
     columns = min(_PANELS_IN_A_ROW, len(panels))
     lines = -(-len(panels) // columns)
@@ -69,7 +69,7 @@ def plot_accuracy_over_parameters(records: Sequence[RunRecord], path: Path, *, m
         panel.set(
             title=data,
             xlabel="trainable parameters" + (" (equal ones side by side)" if moved else ""),
-            ylabel=f"{measure.replace('_', ' ')} (%)",
+            ylabel=f"{measures[data].replace('_', ' ')} (%)",
         )
     for panel in axes[len(panels) :]:
         panel.set_visible(False)

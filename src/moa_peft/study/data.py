@@ -87,13 +87,20 @@ def prepare_data(spec: DataSpec, *, roots: Sequence[Path], file: Path, template:
         if unknown:
             raise UserError(f"study: {key} names {unknown[0]!r}, which is not among the tasks. Add it there too.")
     chosen = select_tasks(spec.tasks if spec.generate_tasks is None else spec.generate_tasks)
+    generated = frozenset(task.name for task in chosen)
+    unscored = [questions.name for questions in sets if questions.name not in generated]
+    if unscored and set(spec.scorings) == {"generate"}:
+        raise UserError(
+            f"study: generate_tasks leaves {unscored[0]!r} out, and generate is the only way of scoring. Leave the "
+            "task out too, or add nll or loglikelihood to scorings."
+        )
     return StudyData(
         train_path=train_path,
         train_examples=examples,
         is_sample=spec.train_rows is not None,
         sets=sets,
         settings=settings,
-        generated=frozenset(task.name for task in chosen),
+        generated=generated,
         transfer=frozenset(task.name for task in select_tasks(spec.transfer)) if spec.transfer else frozenset(),
     )
 

@@ -9,7 +9,7 @@ from typing import Any
 from moa_peft.errors import UserError
 from moa_peft.study.columns import heading
 from moa_peft.study.drawing import check_format, import_matplotlib, save_figure
-from moa_peft.study.questions import Question
+from moa_peft.study.questions import Question, prefers_low
 from moa_peft.study.records import is_accuracy
 from moa_peft.study.table_formats import StudyTable, Value
 
@@ -19,6 +19,7 @@ _STYLES = {
     "equivalent": ("#0072B2", "s"),
     "worse": ("#D55E00", "X"),
     "not resolved": ("0.45", "D"),
+    "one seed": ("0.7", "o"),
 }
 _WIDTH_INCHES = 7.0
 _ROW_INCHES = 0.28
@@ -46,7 +47,10 @@ def plot_differences(tables: Sequence[StudyTable], path: Path, *, question: Ques
     heights = [_FRAME_INCHES + _ROW_INCHES * len(rows) for _, rows in panels]
     figure = matplotlib.figure.Figure(figsize=(_WIDTH_INCHES, sum(heights)), dpi=150, layout="constrained")
     axes = figure.subplots(len(panels), 1, squeeze=False, height_ratios=heights).flatten()
+    first_of_data: dict[Value, Any] = {}
     for panel, (title, rows) in zip(axes, panels, strict=True):
+        # Lengths can be compared within a data set.
+        panel.sharex(first_of_data.setdefault(rows[0]["data"], panel))
         _draw(panel, rows, question)
         panel.set_title(_shortened(title), fontsize=9, loc="left")
     used = dict.fromkeys(str(row["verdict"]) for _, rows in panels for row in rows)
@@ -55,7 +59,15 @@ def plot_differences(tables: Sequence[StudyTable], path: Path, *, question: Ques
         for name in _STYLES
         if name in used
     ]
-    figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), fontsize=8, frameon=False)
+    figure.legend(
+        handles=handles,
+        loc="outside lower center",
+        ncols=len(handles),
+        fontsize=8,
+        frameon=False,
+        title="Verdicts follow p values that are corrected for the rows of a panel; the intervals are not.",
+        title_fontsize=7,
+    )
     save_figure(figure, path)
 
 
@@ -79,9 +91,11 @@ def _draw(panel: Any, rows: Sequence[Mapping[str, Any]], question: Question) -> 
     panel.set_ylim(len(rows) - 0.5, -0.5)
     panel.tick_params(axis="x", labelsize=8)
     panel.spines[["top", "right"]].set_visible(False)
-    better = "left" if question.lower_is_better else "right"
+    better = "left" if prefers_low(question.primary) else "right"
     band = "" if question.margin is None else "; grey: the margin"
-    panel.set_xlabel(f"difference of {heading(question.primary)} ({better} is better{band})", fontsize=8)
+    panel.set_xlabel(
+        f"{heading(question.primary)}: row - {rows[0]['baseline']} ({better} is better{band})", fontsize=8
+    )
 
 
 def _shortened(title: str) -> str:

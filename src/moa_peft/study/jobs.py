@@ -26,7 +26,7 @@ DEFAULT_SAVE_STEPS = 25
 _PICTURES = ("differences.png", "differences.svg", "accuracy.png", "accuracy.svg")
 REPORT_FILES = ("table.md", "details.md", "table.csv", "table.tex", "results.json", *_PICTURES)
 """What a report may consist of."""
-_OWN_NAMES = {"records", "search", "runs", *REPORT_FILES}
+_OWN_NAMES = {"README.md", "records", "search", "runs", *REPORT_FILES}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,7 +73,9 @@ class StudyFolder:
         """
         if not self.path.is_dir():
             return
-        strangers = sorted(file.name for file in self.path.iterdir() if file.name not in _OWN_NAMES)
+        names = sorted(file.name for file in self.path.iterdir())
+        # Hidden files are leftovers of a killed process, or those of another one that writes its report right now.
+        strangers = [name for name in names if name not in _OWN_NAMES and not name.startswith(".")]
         if strangers:
             raise UserError(
                 f"--output: {str(self.path)!r} holds files of something else (for example {strangers[0]}), so nothing "
@@ -148,12 +150,7 @@ def chosen_rates(spec: StudySpec, folder: StudyFolder, *, data: Mapping[str, Stu
     """
     if spec.search is None:
         return dict.fromkeys(spec.rows)
-    tries: dict[str, dict[float, float]] = {}
-    jobs = search_jobs(spec)
-    for job in jobs:
-        outcome = read_search(folder, job, digest=job_digest(spec, job, data=data))
-        if outcome is not None and job.learning_rate is not None:
-            tries.setdefault(job.row, {})[job.learning_rate] = outcome
+    tries = finished_tries(spec, folder, data=data)
     wanted = len(spec.search.learning_rate)
     own = {
         row: min(found, key=found.__getitem__)
@@ -166,6 +163,18 @@ def chosen_rates(spec: StudySpec, folder: StudyFolder, *, data: Mapping[str, Stu
         if source in own:
             rates[row] = own[source]
     return rates
+
+
+def finished_tries(
+    spec: StudySpec, folder: StudyFolder, *, data: Mapping[str, StudyData]
+) -> dict[str, dict[float, float]]:
+    """By row and learning rate the validation loss of every finished try, infinite where training diverged."""
+    tries: dict[str, dict[float, float]] = {}
+    for job in search_jobs(spec):
+        outcome = read_search(folder, job, digest=job_digest(spec, job, data=data))
+        if outcome is not None and job.learning_rate is not None:
+            tries.setdefault(job.row, {})[job.learning_rate] = outcome
+    return tries
 
 
 def job_recipe(spec: StudySpec, job: Job, *, data: StudyData, output_dir: str) -> TrainRecipe:
@@ -206,8 +215,9 @@ def job_digest(spec: StudySpec, job: Job, *, data: Mapping[str, StudyData]) -> s
     recipe = job_recipe(spec, job, data=data[job.data], output_dir="").to_dict()
     # A study may go on in another folder or on another machine.
     recipe["data"] = {key: value for key, value in recipe["data"].items() if key != "path"}
-    if Path(recipe["model"]).is_dir():
-        recipe["model"] = _model_digest(recipe["model"])
+    for key in ("model", "init_from"):
+        if recipe[key] is not None and Path(recipe[key]).expanduser().is_dir():
+            recipe[key] = _model_digest(recipe[key])
     rows = [[example.question, example.answer] for example in data[job.data].train_examples]
     content: dict[str, Any] = {"recipe": recipe, "rows": rows}
     if job.kind == "run":

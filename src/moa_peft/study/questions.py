@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from moa_peft.study.records import is_accuracy
+from moa_peft.study.spec import StudySpec
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,6 +23,11 @@ class Comparison:
     rows: tuple[str, ...]
 
 
+def prefers_low(measure: str) -> bool:
+    """Whether a lower value of a measure is better."""
+    return not is_accuracy(measure)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Question:
     """What a study asks.
@@ -29,20 +35,23 @@ class Question:
     Attributes:
         baseline: the row that all others are compared with.
         primary: the measure that decides.
-        lower_is_better: whether a lower value of it is better.
         margin: differences of it that do not matter; None where every difference does.
         comparisons: the single questions; none makes all rows against the baseline one question.
     """
 
     baseline: str
     primary: str
-    lower_is_better: bool
     margin: float | None = None
     comparisons: tuple[Comparison, ...] = ()
 
-    def prefers_low(self, measure: str) -> bool:
-        """Whether a lower value of a measure is better."""
-        return self.lower_is_better if measure == self.primary else not is_accuracy(measure)
+    @classmethod
+    def of(cls, spec: StudySpec) -> Question:
+        """What a study's file asks."""
+        comparisons = tuple(
+            Comparison(title=asked.question, baseline=asked.baseline or spec.baseline, rows=asked.rows)
+            for asked in spec.comparisons
+        )
+        return cls(baseline=spec.baseline, primary=spec.primary, margin=spec.margin, comparisons=comparisons)
 
     def margin_of(self, measure: str) -> float | None:
         """The margin of a measure; only the primary one has one."""

@@ -13,6 +13,7 @@ from moa_peft.study.accuracy_plot import plot_accuracy_over_parameters
 from moa_peft.study.budgets import BudgetMismatch
 from moa_peft.study.difference_plot import judged_rows, plot_differences
 from moa_peft.study.drawing import import_matplotlib
+from moa_peft.study.jobs import REPORT_FILES
 from moa_peft.study.questions import Question
 from moa_peft.study.records import MissingRun, RunRecord, averaged_tasks, is_accuracy, scored_measures
 from moa_peft.study.statistics import task_mean
@@ -20,7 +21,7 @@ from moa_peft.study.table_formats import StudyTable, to_csv, to_latex, to_markdo
 from moa_peft.study.tables import DataSetTables
 
 _PICTURE_ENDINGS = (".png", ".svg")
-_MORE = "Every measure and question set with its intervals: [details.md](details.md). All numbers: results.json."
+_MORE = "Other measures and single question sets with intervals: [details.md](details.md). All numbers: results.json."
 
 
 def write_report(
@@ -34,14 +35,14 @@ def write_report(
     provenance: Mapping[str, Any],
     budget_mismatches: Sequence[BudgetMismatch] = (),
     introduction: str = "",
-    notes: Mapping[str, str] | None = None,
+    remarks: Sequence[str] = (),
 ) -> list[Path]:
     """Write the report of a study; the same arguments give the same bytes.
 
     table.md and table.tex hold what a reader wants, details.md every other difference, table.csv and results.json all
     numbers. differences.png and .svg show the differences of the primary measure, unless there are none;
-    accuracy.png and .svg the primary measure over parameters where it is an accuracy, else the first accuracy that
-    has an average, if any.
+    accuracy.png and .svg for every data set the primary measure over parameters where it is an accuracy, else the
+    first accuracy that has an average, if any. What an earlier report left and this one does not have is removed.
 
     Args:
         tables: of the records, from `study_tables`.
@@ -54,7 +55,7 @@ def write_report(
             without times of day.
         budget_mismatches: what `check_budgets` found.
         introduction: a text above the tables of table.md.
-        notes: row -> what the row is for, also there.
+        remarks: sentences below it.
 
     Returns:
         The files written.
@@ -68,9 +69,9 @@ def write_report(
     first = [table for of_data in tables for table in (of_data.overview, *of_data.comparisons, *of_data.by_set)]
     details = [table for of_data in tables for table in of_data.details]
     budgets = _about_budgets(budget_mismatches)
-    rows = "\n".join(f"- {row}: {note}" for row, note in (notes or {}).items())
+    listed = "\n".join(f"- {' '.join(remark.split())}" for remark in remarks)
     texts = {
-        "table.md": _markdown(first, [f"# {study_name}", introduction.strip(), rows, budgets, _MORE]),
+        "table.md": _markdown(first, [f"# {study_name}", introduction.strip(), listed, budgets, _MORE]),
         "details.md": _markdown(details, [f"# {study_name}: differences by measure and question set"]),
         "table.csv": to_csv(numbers),
         "table.tex": "\n".join(to_latex(table) for table in first),
@@ -88,7 +89,16 @@ def write_report(
     folder.mkdir(parents=True, exist_ok=True)
     for name, text in texts.items():
         write_atomically(folder / name, text)
-    return [*(folder / name for name in texts), *_draw(tables, records, question=question, folder=folder)]
+    paths = [*(folder / name for name in texts), *_draw(tables, records, question=question, folder=folder)]
+    remove_report(folder, but=paths)
+    return paths
+
+
+def remove_report(folder: Path, *, but: Sequence[Path] = ()) -> None:
+    """Remove what an earlier report left in a folder."""
+    for name in REPORT_FILES:
+        if folder / name not in but:
+            (folder / name).unlink(missing_ok=True)
 
 
 def _draw(
@@ -96,16 +106,26 @@ def _draw(
 ) -> list[Path]:
     paths = []
     judged = [table for of_data in tables for table in (of_data.comparisons or (of_data.overview,))]
-    accuracies = [measure for measure in (question.primary, *scored_measures(records)) if is_accuracy(measure)]
-    averaged = [measure for measure in accuracies if averaged_tasks(records, measure=measure)]
+    measures = _accuracies(records, question)
     for ending in _PICTURE_ENDINGS:
         if any(judged_rows(table) for table in judged):
             paths.append(folder / f"differences{ending}")
             plot_differences(judged, paths[-1], question=question)
-        if averaged:
+        if measures:
             paths.append(folder / f"accuracy{ending}")
-            plot_accuracy_over_parameters(records, paths[-1], measure=averaged[0])
+            plot_accuracy_over_parameters(records, paths[-1], measures=measures)
     return paths
+
+
+def _accuracies(records: Sequence[RunRecord], question: Question) -> dict[str, str]:
+    """For every data set the accuracy to draw, if it has one."""
+    found = {}
+    for data in dict.fromkeys(record.data for record in records):
+        of_data = [record for record in records if record.data == data]
+        for measure in (question.primary, *scored_measures(of_data)):
+            if is_accuracy(measure) and averaged_tasks(of_data, measure=measure):
+                found.setdefault(data, measure)
+    return found
 
 
 def _markdown(tables: Sequence[StudyTable], above: Sequence[str]) -> str:

@@ -6,6 +6,7 @@ processes are forked from a server that has imported everything and computed not
 
 from __future__ import annotations
 
+import math
 import multiprocessing
 import os
 import signal
@@ -28,6 +29,7 @@ from moa_peft.study.jobs import (
     Job,
     StudyFolder,
     chosen_rates,
+    finished_tries,
     job_digest,
     job_recipe,
     missing_jobs,
@@ -82,7 +84,7 @@ class Study:
         self.folder.check(spec.name)
         self.data: dict[str, StudyData] = {}
         for name, block in spec.data.items():
-            template = spec.recipe_on(name).get("data", {}).get("template", "alpaca")
+            template = spec.recipe_on(name).get("data", {}).get("template") or "alpaca"
             self.data[name] = prepare_data(block, roots=roots, file=self.folder.sample(name), template=template)
         self.parameters = self._count_parameters()
         self._check_matched()
@@ -145,11 +147,32 @@ class Study:
             if record is not None:
                 outcome.records.append(named_transfer(record, self.data[wanted.data].transfer))
                 continue
-            reason = "not run yet" if job is not None else "its learning rate is not chosen yet"
+            reason = "not run yet" if job is not None else self._why_no_rate(wanted.row, failed)
             if job is not None and job in failed:
                 reason = failed[job]
             outcome.missing.append(MissingRun(row=wanted.row, data=wanted.data, seed=wanted.seed, reason=reason))
         return outcome
+
+    def rates_at_the_ends(self) -> list[str]:
+        """A sentence on rows whose chosen learning rate is the lowest or highest of the tries, if there are any."""
+        if self.spec.search is None or len(self.spec.search.learning_rate) < 2:
+            return []
+        rates = chosen_rates(self.spec, self.folder, data=self.data)
+        ends = {min(self.spec.search.learning_rate), max(self.spec.search.learning_rate)}
+        own = [row for row in self.spec.rows if self.spec.rows[row].learning_rate_of is None]
+        rows = [f"{row} ({rates[row]:g})" for row in own if rates.get(row) in ends]
+        if not rows:
+            return []
+        return [f"Chosen learning rates at an end of the tries, beyond which a better one may lie: {', '.join(rows)}."]
+
+    def _why_no_rate(self, row: str, failed: Mapping[Job, str]) -> str:
+        source = self.spec.rows[row].learning_rate_of or row
+        reason = next((reason for job, reason in failed.items() if job.kind == "search" and job.row == source), None)
+        losses = finished_tries(self.spec, self.folder, data=self.data).get(source, {}).values()
+        assert self.spec.search is not None
+        if len(losses) == len(self.spec.search.learning_rate) and min(losses) == math.inf:
+            return "training diverged at every learning rate"
+        return "its learning rate is not chosen yet" if reason is None else f"a try of its learning rate {reason}"
 
     def _missing(self, jobs: list[Job]) -> list[Job]:
         return missing_jobs(self.folder, jobs, spec=self.spec, data=self.data)

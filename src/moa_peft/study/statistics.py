@@ -13,7 +13,7 @@ from moa_peft.intervals import require_scipy
 from moa_peft.study.constant_differences import constant_interval, sign_test
 from moa_peft.study.records import ItemScores, RunRecord, is_accuracy
 
-Verdict = Literal["better", "worse", "equivalent", "not resolved"]
+Verdict = Literal["better", "worse", "equivalent", "not resolved", "one seed"]
 
 SIGNIFICANCE = 0.05
 
@@ -189,10 +189,11 @@ def verdict(
         margin: differences smaller than this do not matter; None if every difference does.
 
     Returns:
-        "equivalent" where the interval lies inside (-margin, margin), whether it holds 0 or not, and where the two are
-        identical; else "better" or "worse" where the interval excludes 0 and p_adjusted is below 0.05; else
-        "not resolved". An interval without width says nothing by itself: where the sign test over its items does not
-        reach 0.05 either (five items or fewer), it is not resolved.
+        "equivalent" where the two are identical; "one seed" where one is all there is, because its interval does not
+        cover the spread between seeds and is narrower than that of two. Else "equivalent" where the interval lies
+        inside (-margin, margin), whether it holds 0 or not; "better" or "worse" where the interval excludes 0 and
+        p_adjusted is below 0.05; else "not resolved". An interval without width says nothing by itself: where the sign
+        test over its items does not reach 0.05 either (five items or fewer), it is not resolved.
 
     Raises:
         UserError: the margin is not positive.
@@ -201,6 +202,8 @@ def verdict(
         raise UserError(f"margin is {margin!r}; it must be above 0, in units of the measure, or left out.")
     if difference.identical:
         return "equivalent"
+    if not difference.seeds_resampled:
+        return "one seed"
     if difference.low == difference.high and difference.p_value >= SIGNIFICANCE:
         return "not resolved"
     if margin is not None and -margin < difference.low and difference.high < margin:
@@ -210,15 +213,20 @@ def verdict(
     return "not resolved"
 
 
-def holm(p_values: Sequence[float]) -> list[float]:
+def holm(p_values: Sequence[float], *, num_tests: int | None = None) -> list[float]:
     """Holm's adjusted p values, in the order given (Scandinavian Journal of Statistics 6, 1979).
 
-    With the m values in rising order, the k-th becomes the largest of min(1, (m - j + 1) p_j) for j <= k.
+    With the values in rising order, the k-th becomes the largest of min(1, (m - j + 1) p_j) for j <= k.
+
+    Args:
+        p_values: those that are known.
+        num_tests: m, with tests that were asked for and have no p value yet; None for the number of values.
     """
+    tests = len(p_values) if num_tests is None else num_tests
     adjusted = [0.0] * len(p_values)
     largest = 0.0
     for rank, index in enumerate(sorted(range(len(p_values)), key=p_values.__getitem__)):
-        largest = max(largest, min(1.0, (len(p_values) - rank) * p_values[index]))
+        largest = max(largest, min(1.0, (tests - rank) * p_values[index]))
         adjusted[index] = largest
     return adjusted
 

@@ -13,7 +13,7 @@ search: {data: math, seed: 0, max_steps: 40, learning_rate: [3e-4, 1e-3, 3e-3]}
 primary: nll
 margin: 0.01
 comparisons:
-  - {question: Is a matched LoRA worse?, rows: [lora_matched]}
+  - {question: "Is a matched LoRA worse?", rows: [lora_matched]}
 """
 
 from __future__ import annotations
@@ -26,7 +26,8 @@ from typing import Any
 import yaml
 
 from moa_peft.errors import UserError
-from moa_peft.study.spec import ComparisonSpec, DataSpec, RowSpec, SearchSpec, StudySpec, near
+from moa_peft.study.spec import ComparisonSpec, DataSpec, RowSpec, SearchSpec, StudySpec
+from moa_peft.study.spec_checks import near
 from moa_peft.training.recipe import number_from
 
 
@@ -63,7 +64,7 @@ def parse_study(content: Mapping[str, Any], *, default_name: str = "study") -> S
         for name, block in given["rows"].items()
     }
     search = given.get("search")
-    asked = given.get("comparisons") or []
+    asked = [] if given.get("comparisons") is None else given["comparisons"]
     if not isinstance(asked, list):
         raise UserError(f"study: comparisons must be a list of blocks with question and rows, got {asked!r}.")
     more = {
@@ -107,8 +108,10 @@ def _build(kind: Any, block: Any, where: str) -> Any:
 
 def _converted(value: Any, kind: str, full: str, where: str) -> Any:
     if kind == "tuple":
-        entries = value if isinstance(value, list | tuple) else [value]
         wanted = str if "str" in full else float if "float" in full else int
+        if wanted is int and not isinstance(value, list | tuple):
+            raise UserError(f"study: {where} must be a list, such as [0, 1, 2], got {value!r}.")
+        entries = value if isinstance(value, list | tuple) else [value]
         found = tuple(_scalar(entry, wanted, where) for entry in entries)
         twice = next((entry for entry in found if found.count(entry) > 1), None)
         if twice is not None or not found:
@@ -127,6 +130,6 @@ def _scalar(value: Any, wanted: type, where: str) -> Any:
     if isinstance(value, bool) or not isinstance(value, allowed):
         names = {str: "text", int: "a whole number", float: "a number"}
         raise UserError(f"study: {where}: {value!r} must be {names[wanted]}.")
-    if wanted is int and value < (0 if "seed" in where else 1):
+    if wanted is int and value < (0 if where.rpartition(".")[2] in ("seed", "seeds") else 1):
         raise UserError(f"study: {where}: {value} is too small.")
     return wanted(value)

@@ -6,19 +6,24 @@ from collections.abc import Mapping
 
 from moa_peft.study.columns import number
 from moa_peft.study.grouping import DataSetRuns
-from moa_peft.study.questions import Question
+from moa_peft.study.questions import prefers_low
 from moa_peft.study.records import REST_SUFFIX, TRANSFER_SUFFIX, TWINS_SUFFIX, scored_tasks
 from moa_peft.study.statistics import SIGNIFICANCE, PairedDifference
 from moa_peft.study.table_formats import PLUS_MINUS
 
 
-def about_means(question: Question, *, measure: str, tasks: tuple[str, ...]) -> list[str]:
+def about_measure(measure: str) -> str:
+    """Which measure is shown."""
+    better = "lower" if prefers_low(measure) else "higher"
+    return f"{measure} ({better} is better): mean {PLUS_MINUS} standard deviation over seeds."
+
+
+def about_means(measure: str, *, tasks: tuple[str, ...]) -> list[str]:
     """Which measure is shown, over which question sets."""
     if not tasks:
         return [f"No finished run on this data was scored by {measure} on a question set that an average covers."]
-    better = "lower" if question.prefers_low(measure) else "higher"
     over = ", ".join(tasks) if len(tasks) == 1 else f"average over {', '.join(tasks)}, each task counting the same"
-    return [f"{measure} ({better} is better): mean {PLUS_MINUS} standard deviation over seeds; {over}."]
+    return [f"{about_measure(measure).removesuffix('.')}; {over}."]
 
 
 def about_differences(baseline: str) -> str:
@@ -28,8 +33,6 @@ def about_differences(baseline: str) -> str:
 
 def about_verdicts(baseline: str, *, measure: str, margin: float | None, num_tests: int) -> list[str]:
     """How differences are made and judged."""
-    if not num_tests:
-        return []
     sentence = about_differences(baseline).removesuffix(".")
     comparisons = "one comparison" if num_tests == 1 else f"{num_tests} comparisons"
     notes = [f"{sentence}; p values are adjusted for this table's {comparisons} (Holm), the intervals are not."]
@@ -48,15 +51,22 @@ def about_averages(of_data: DataSetRuns, averages: Mapping[str, tuple[str, ...]]
             same = set(tasks) == set(averages.get(primary, ()))
             notes.append(f"{measure}: average over {f'the same sets as {primary}' if same else ', '.join(tasks)}.")
     covered = {task for tasks in averages.values() for task in tasks}
-    scored = dict.fromkeys(task for measure in averages for task in scored_tasks(of_data.records, measure=measure))
+    scored = {measure: scored_tasks(of_data.records, measure=measure) for measure in averages}
     transfer = f"{TRANSFER_SUFFIX.removesuffix(')')}; no training rows of its kind)"
     # A set of twins only has no rest that could stand for it.
-    all_twins = [
-        task for task in covered if f"{task}{TWINS_SUFFIX}" in scored and f"{task}{REST_SUFFIX}" not in scored
+    all_twins = {
+        task: measure
+        for measure, tasks in averages.items()
+        for task in tasks
+        if f"{task}{TWINS_SUFFIX}" in scored[measure] and f"{task}{REST_SUFFIX}" not in scored[measure]
+    }
+    notes += [
+        f"Every question of {task} that {measure} covers has a twin in the training rows, so twins count there."
+        for task, measure in sorted(all_twins.items())
     ]
-    notes += [f"Every question of {task} has a twin in the training rows." for task in sorted(all_twins)]
     counted = covered | {f"{task}{TWINS_SUFFIX}" for task in all_twins}
-    apart = [task.replace(TRANSFER_SUFFIX, transfer) for task in scored if task not in counted]
+    everything = dict.fromkeys(task for tasks in scored.values() for task in tasks)
+    apart = [task.replace(TRANSFER_SUFFIX, transfer) for task in everything if task not in counted]
     return [*notes, *([f"Not in the average: {', '.join(apart)}."] if apart else [])]
 
 

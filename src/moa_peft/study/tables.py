@@ -21,7 +21,7 @@ from moa_peft.study.columns import (
     mean_column,
 )
 from moa_peft.study.grouping import DataSetRuns, group_by_data
-from moa_peft.study.questions import Comparison, Question
+from moa_peft.study.questions import Comparison, Question, prefers_low
 from moa_peft.study.records import (
     MissingRun,
     RunRecord,
@@ -44,6 +44,7 @@ from moa_peft.study.table_notes import (
     about_averages,
     about_differences,
     about_means,
+    about_measure,
     about_verdicts,
     reservations,
 )
@@ -88,7 +89,7 @@ def study_tables(
         DataSetTables(
             overview=_overview(of_data, question),
             comparisons=tuple(_comparisons(of_data, question)),
-            by_set=tuple(_by_set(of_data, question, measure) for measure in scored_measures(of_data.records)),
+            by_set=tuple(_by_set(of_data, measure) for measure in scored_measures(of_data.records)),
             details=tuple(_details(of_data, question)),
         )
         for of_data in group_by_data(records, missing, baseline=question.baseline)
@@ -98,8 +99,8 @@ def study_tables(
 def _overview(of_data: DataSetRuns, question: Question) -> StudyTable:
     measure = question.primary
     tasks = averaged_tasks(of_data.records, measure=measure)
-    has_verdicts = not question.comparisons
-    compared, notes = _compare(of_data, question, measure=measure, tasks=tasks, has_verdicts=has_verdicts)
+    compared, notes = _compare(of_data, question, measure=measure, tasks=tasks)
+    notes = [*about_means(measure, tasks=tasks), *notes]
     averages = {
         name: averaged_tasks(of_data.records, measure=name)
         for name in scored_measures(of_data.records)
@@ -120,7 +121,7 @@ def _overview(of_data: DataSetRuns, question: Question) -> StudyTable:
         SEEDS,
         PARAMETERS,
         LEARNING_RATE,
-        *_comparison_columns(question, measure, has_verdicts=has_verdicts),
+        *_comparison_columns(question, measure),
         *(
             mean_column(accuracy, prefix=f"{accuracy}_", low=False, priority=2 if number == 0 else 5)
             for number, accuracy in enumerate(accuracies)
@@ -145,32 +146,43 @@ def _comparisons(of_data: DataSetRuns, question: Question) -> list[StudyTable]:
 
 def _comparison(of_data: DataSetRuns, question: Question, asked: Comparison) -> StudyTable:
     own = replace(question, baseline=asked.baseline, comparisons=())
-    tasks = averaged_tasks(of_data.records, measure=question.primary)
-    table = _detail(of_data, own, measure=question.primary, tasks=tasks)
+    measure = question.primary
+    tasks = averaged_tasks(of_data.records, measure=measure)
     # What is averaged and which runs are missing is said below the overview.
-    notes = table.notes[len(about_means(question, measure=question.primary, tasks=tasks)) :]
-    return replace(table, title=f"{of_data.data}: {asked.title}", notes=notes)
+    rows, notes = _compare(of_data, own, measure=measure, tasks=tasks)
+    return StudyTable(
+        title=f"{of_data.data}: {asked.title}",
+        columns=(ROW, SEEDS, *_comparison_columns(own, measure)),
+        rows=tuple(rows),
+        notes=tuple(notes),
+    )
 
 
-def _by_set(of_data: DataSetRuns, question: Question, measure: str) -> StudyTable:
+def _by_set(of_data: DataSetRuns, measure: str) -> StudyTable:
     """Means of a measure on every question set."""
     tasks = scored_tasks(of_data.records, measure=measure)
     rows = []
     for row in of_data.rows:
-        runs = of_data.runs(row)
-        numbers: dict[str, Value] = {"row": row}
+        numbers = _counts(of_data, row)
         for task in tasks:
-            mean, deviation = _mean_over_seeds(runs, measure=measure, tasks=(task,))
+            mean, deviation = _mean_over_seeds(of_data.runs(row), measure=measure, tasks=(task,))
             numbers |= {f"{task}_mean": mean, f"{task}_deviation": deviation}
         rows.append(numbers)
-    low = question.prefers_low(measure)
+    low = prefers_low(measure)
     columns = [mean_column(measure, title=task, prefix=f"{task}_", low=low) for task in tasks]
     return StudyTable(
         title=f"{of_data.data}: {heading(measure)} by question set",
-        columns=(ROW, *columns),
+        columns=(ROW, SEEDS, *columns),
         rows=tuple(rows),
-        notes=(),
+        notes=(about_measure(measure),),
     )
+
+
+def _counts(of_data: DataSetRuns, row: str) -> dict[str, Value]:
+    """A row with the number of its seeds, finished and asked for."""
+    seeds = of_data.runs(row).keys()
+    asked = seeds | {run.seed for run in of_data.missing if run.row == row}
+    return {"row": row, "seeds": len(seeds), "seeds_asked": len(asked)}
 
 
 def _details(of_data: DataSetRuns, question: Question) -> list[StudyTable]:
@@ -187,23 +199,30 @@ def _details(of_data: DataSetRuns, question: Question) -> list[StudyTable]:
 
 
 def _detail(of_data: DataSetRuns, question: Question, *, measure: str, tasks: tuple[str, ...]) -> StudyTable:
-    rows, notes = _compare(of_data, question, measure=measure, tasks=tasks, has_verdicts=True)
+    rows, notes = _compare(of_data, question, measure=measure, tasks=tasks)
     scope = tasks[0] if len(tasks) == 1 else "average over tasks"
     return StudyTable(
         title=f"{of_data.data}: {measure}, {scope}",
-        columns=(ROW, SEEDS, *_comparison_columns(question, measure, has_verdicts=True)),
+        columns=(ROW, SEEDS, *_comparison_columns(question, measure)),
         rows=tuple(rows),
-        notes=tuple(notes),
+        notes=(*about_means(measure, tasks=tasks), *notes),
     )
 
 
 def _compare(
-    of_data: DataSetRuns, question: Question, *, measure: str, tasks: tuple[str, ...], has_verdicts: bool
+    of_data: DataSetRuns, question: Question, *, measure: str, tasks: tuple[str, ...]
 ) -> tuple[list[dict[str, Value]], list[str]]:
-    """For every row its mean and its difference to the baseline; and what a reader must know about them."""
+    """For every row its mean and its difference to the baseline, and what a reader must know about the differences.
+
+    A verdict goes with them unless the study asks single questions, whose tables judge.
+    """
+    has_verdicts = not question.comparisons
     margin = question.margin_of(measure)
+    # The family is what was asked: rows without a run yet count, so that a verdict does not change when they come.
+    num_tests = sum(row != question.baseline for row in of_data.rows)
     differences = _differences(of_data, question.baseline, measure=measure, tasks=tasks)
-    adjusted = dict(zip(differences, holm([each.p_value for each in differences.values()]), strict=True))
+    p_values = [each.p_value for each in differences.values()]
+    adjusted = dict(zip(differences, holm(p_values, num_tests=num_tests), strict=True))
     rows: list[dict[str, Value]] = []
     for row in of_data.rows:
         runs = of_data.runs(row)
@@ -212,10 +231,9 @@ def _compare(
             "data": of_data.data,
             "measure": measure,
             "tasks": "; ".join(tasks),
-            "row": row,
+            **_counts(of_data, row),
+            "baseline": question.baseline,
             "method": next((run.method for run in runs.values()), None),
-            "seeds": len(runs),
-            "seeds_asked": len(runs.keys() | {run.seed for run in of_data.missing if run.row == row}),
             "mean": mean,
             "deviation": deviation,
             **dict.fromkeys(_DIFFERENCE_KEYS),
@@ -233,13 +251,13 @@ def _compare(
                 "paired_items": found.num_items,
             }
             if has_verdicts:
-                low = question.prefers_low(measure)
+                low = prefers_low(measure)
                 judged = verdict(found, p_adjusted=adjusted[row], lower_is_better=low, margin=margin)
                 numbers |= {"p_holm": adjusted[row], "verdict": judged}
         rows.append(numbers)
-    notes = about_means(question, measure=measure, tasks=tasks)
-    if has_verdicts:
-        notes += about_verdicts(question.baseline, measure=measure, margin=margin, num_tests=len(differences))
+    notes = []
+    if differences and has_verdicts:
+        notes += about_verdicts(question.baseline, measure=measure, margin=margin, num_tests=num_tests)
     elif differences:
         notes.append(about_differences(question.baseline))
     return rows, notes + reservations(of_data, question.baseline, differences)
@@ -281,6 +299,6 @@ def _costs(runs: Sequence[RunRecord]) -> dict[str, Value]:
     }
 
 
-def _comparison_columns(question: Question, measure: str, *, has_verdicts: bool) -> tuple[Column, ...]:
-    mean = mean_column(measure, low=question.prefers_low(measure))
-    return (mean, difference_column(measure), *((P_VALUE, VERDICT) if has_verdicts else ()))
+def _comparison_columns(question: Question, measure: str) -> tuple[Column, ...]:
+    mean = mean_column(measure, low=prefers_low(measure))
+    return (mean, difference_column(measure), *(() if question.comparisons else (P_VALUE, VERDICT)))
