@@ -195,3 +195,16 @@ def test_a_problem_without_a_known_function_takes_the_first_block_with_one():
     problem = CodeProblem(task_id="8", prompt="?", entry_point=None, tests="", stop_strings=(), dataset="mbpp")
     text = "```python\nx = 1\n```\n```python\n" + ALONE + "```"
     assert outcome(solution_code(problem, text)) == 34
+
+
+def test_long_rows_of_brackets_take_a_moment():
+    # Once every pair doubled the time: thirty of them took minutes.
+    brackets = "a" + "[0]" * 5_000 + "\n"
+    for line in (brackets, "a" + "[" * 5_000 + "\n", "a, " * 5_000 + "\n", "a[b[c[d]]] " * 500 + "\n"):
+        solution_code(HUMANEVAL, f"def tripled_sum(values, start=0):\n{BODY}{line}")
+
+
+@pytest.mark.parametrize("line", ["a[0] = 1", "a[b[0]][1] += 2", "a[x[y[0]]]: list[int] = []", "a, b[0] = 1, 2"])
+def test_assignments_at_the_margin_are_code(line):
+    program = solution_code(MBPP, f"{line}\ndef tripled_sum(values):\n    return 0\n")
+    assert line in program

@@ -154,6 +154,8 @@ GOOD = {"instruction": "q", "output": "a"}
         ("rows.json", [{"messages": [{"role": "user", "content": "q"}]}], "last message must be by the assistant"),
         ("rows.json", [{"messages": [{"role": "assistant", "content": "a"}]}], "needs a user message before"),
         ("rows.parquet", "PAR1 but not really", "not a readable Parquet file"),
+        ("rows.json", f'[{{"instruction": "q", "output": "a", "answer": {"9" * 5000}}}]', "cannot be read as JSON"),
+        ("rows.jsonl", "[" * 100_000, "cannot be read as JSON in line 1"),
     ],
 )
 def test_bad_data_says_what_is_wrong_and_where(tmp_path, name, content, message):

@@ -21,6 +21,7 @@ from moa_peft.errors import UserError
 from moa_peft.evaluation import Score, answer_questions, cut_answer
 from moa_peft.evaluation.answering import predict
 from moa_peft.evaluation.references import agreeing_rows, reference_answers
+from moa_peft.evaluation.selection import select_sets
 from moa_peft.intervals import mean_interval, paired_difference, share_interval, wilson_interval
 from tests.tiny import save_tiny, tiny_model, tiny_tokenizer, write_sums
 
@@ -266,6 +267,22 @@ def test_eval_writes_results_and_predictions(files: Path, tmp_path: Path, capsys
     assert json.loads((out / "results.json").read_text())["settings"]["kind"] == "base model"
 
 
+def test_files_in_the_layout_of_the_collection_are_their_tasks(tmp_path: Path) -> None:
+    for name in ("AddSub", "gsm8k"):
+        (tmp_path / name).mkdir()
+        rows = [{"instruction": "1+1", "input": "", "output": "The answer is 2.", "answer": "2"}]
+        (tmp_path / name / "test.json").write_text(json.dumps(rows))
+    files = [str(tmp_path / name / "test.json") for name in ("AddSub", "gsm8k")]
+    assert [(found.name, found.task.name) for found in select_sets([], files)] == [
+        ("AddSub", "AddSub"),
+        ("gsm8k", "gsm8k"),
+    ]
+    with pytest.raises(UserError, match="--train: twins"):
+        option = [{"instruction": "Which?\n\nAnswer format: true/false", "output": "x", "answer": "true"}]
+        (tmp_path / "boolq.json").write_text(json.dumps(option))
+        select_sets([], [str(tmp_path / "boolq.json")], train=files[0])
+
+
 @pytest.mark.parametrize(
     ("words", "named"),
     [
@@ -285,6 +302,19 @@ def test_eval_writes_results_and_predictions(files: Path, tmp_path: Path, capsys
         (["--data", "{files}/sums.json", "--scoring", "loglikelihood"], "are numbers"),
         (["--data", "{files}"], "is a folder"),
         (["--tasks", "mathe", "--data", "{files}"], "mathe"),
+        (["--tasks", ",", "--data", "{files}"], "nothing to score"),
+        (["--harness", ","], "nothing to score"),
+        (["--data", "{files}/sums.json", "--samples", "3"], "--samples is for humaneval and mbpp"),
+        (["--data", "{files}/sums.json", "--temperature", "0.5"], "--temperature is for"),
+        (["--data", "{files}/sums.json", "--execute-code"], "--execute-code is for"),
+        (["--data", "{files}/sums.json", "--num-fewshot", "0"], "--num-fewshot is for --harness"),
+        (["--data", "{files}/sums.json", "--include-path", "x"], "--include-path is for --harness"),
+        (["--data", "{files}/sums.json", "--scoring", "nll", "--legacy"], "--legacy is for generated answers"),
+        (["--harness", "gsm8k", "--max-new-tokens", "5"], "--max-new-tokens is for"),
+        (["--harness", "gsm8k", "--train", "x.json"], "--train is for"),
+        (["--tasks", "code", "--data", "org/name", "--execute-code"], "are several"),
+        (["--tasks", "human-eval", "--data", "{files}", "--execute-code", "--temperature", "0"], "temperature: 0"),
+        (["--tasks", "humaneval", "--data", "{files}", "--execute-code", "--pass-at", "\u00b2"], "--pass-at"),
         (["--tasks", "AddSub", "--data", "{files}"], "AddSub"),
     ],
 )

@@ -12,11 +12,12 @@ from peft import get_peft_model
 from transformers import AutoModelForCausalLM
 
 from moa_peft import MoAConfig
+from moa_peft.adapter_loading import trained_template
 from moa_peft.cli import main
 from moa_peft.errors import UserError
 from moa_peft.evaluation import answering
 from moa_peft.evaluation.folder import EvaluationFolder
-from moa_peft.evaluation.predictions import PredictionFile, ReferenceLikelihood
+from moa_peft.evaluation.predictions import Prediction, PredictionFile, ReferenceLikelihood
 from tests.tiny import save_tiny
 
 
@@ -228,6 +229,105 @@ def test_questions_longer_than_the_model_are_refused_by_every_scoring(
     for scoring in ("nll", "generate"):
         assert main(["eval", str(files / "base"), "--data", str(tmp_path / "long.json"), "--scoring", scoring]) == 2
         assert "positions" in capsys.readouterr().err
+
+
+def test_a_set_that_is_too_long_is_refused_before_others_are_scored(
+    files: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _write(tmp_path / "long.json", [("1" * 600, "The answer is 1.", "1")])
+    places = ["--data", str(files / "AddSub.json"), "--data", str(tmp_path / "long.json")]
+    words = [*places, "--scoring", "nll", "--output", str(tmp_path / "out")]
+    assert main(["eval", str(files / "base"), *words]) == 2 and "positions" in capsys.readouterr().err
+    assert not list((tmp_path / "out").glob("*.jsonl"))
+
+
+def test_a_folder_is_complete_when_every_set_in_it_is(
+    files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    with monkeypatch.context() as patch:
+        patch.setattr("moa_peft.evaluation.run.answer_questions", lambda *words, **options: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            evaluate(files, out)
+    assert results(out)["status"] == "running"
+    assert evaluate(files, out, "--tasks", "ARC-Easy", "--scoring", "loglikelihood,generate") == 0
+    assert results(out)["status"] == "running"
+    assert evaluate(files, out) == 0
+    assert results(out)["status"] == "complete"
+
+
+def test_what_a_killed_process_left_is_in_nobodys_way(files: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / ".arc_easy.harness.jsonl.x1y2").write_text("half a li")
+    assert evaluate(files, out) == 0
+    assert evaluate(files, out, "--overwrite") == 0
+    assert not (out / ".arc_easy.harness.jsonl.x1y2").exists()
+
+
+def test_predictions_without_results_are_never_replaced(
+    files: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "mine.nll.jsonl").write_text("{}\n")
+    assert evaluate(files, tmp_path, "--overwrite") == 2 and "mine.nll.jsonl" in capsys.readouterr().err
+    assert (tmp_path / "mine.nll.jsonl").read_text() == "{}\n"
+
+
+def test_a_run_of_another_adapter_says_nothing_about_this_one(files: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(files / "adapter", run / "adapters" / "own")
+    shutil.copytree(files / "adapter", run / "checkpoints" / "checkpoint-3")
+    (run / "run.json").write_text(json.dumps({"recipe": {"model": "x/y", "data": {"template": "chat"}}}))
+    assert trained_template(run / "adapters" / "own") is None
+    assert trained_template(run / "checkpoints" / "checkpoint-3") == "chat"
+
+
+def test_an_adapter_that_transformers_loads_as_a_model_is_refused(
+    files: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded = AutoModelForCausalLM.from_pretrained(files / "base")
+    loaded.peft_config = {"default": object()}
+    monkeypatch.setattr("moa_peft.base_models.load_model", lambda *words, **options: loaded)
+    assert main(["eval", str(files / "base"), "--data", str(files / "AddSub.json")]) == 2
+    assert "is an adapter on the hub" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("library", ["require_scipy", "require_math_verify"])
+def test_missing_libraries_are_told_before_the_model_is_loaded(
+    files: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, library: str
+) -> None:
+    def missing() -> None:
+        raise UserError("pip install 'moa-peft[eval]'")
+
+    monkeypatch.setattr(f"moa_peft.{'intervals' if library == 'require_scipy' else 'answers'}.{library}", missing)
+    monkeypatch.setattr("moa_peft.base_models.load_model", lambda *words, **options: 1 / 0)
+    assert main(["eval", str(files / "base"), "--data", str(files / "AddSub.json")]) == 2
+    assert "moa-peft[eval]" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "change", [{"index": None}, {"index": True}, {"question": 3}, {"num_tokens": "3"}, {"nll": [1.0]}, {"other": 1}]
+)
+def test_lines_of_the_wrong_kind_are_damage(tmp_path: Path, change: dict[str, Any]) -> None:
+    file = PredictionFile(tmp_path / "x.nll.jsonl", ReferenceLikelihood)
+    file.append([ReferenceLikelihood(index=0, question="q", nll=1.5, num_tokens=3)])
+    good = json.loads(file.path.read_text())
+    file.path.write_text(json.dumps(good) + "\n" + json.dumps(good | {"index": 1} | change) + "\n")
+    with pytest.raises(UserError, match="damaged in line 2"):
+        file.read()
+
+
+@pytest.mark.parametrize(
+    "change", [{"output": None}, {"answers": None}, {"answers": {"strict": 3}}, {"correct": {"a": 1}}]
+)
+def test_answers_of_the_wrong_kind_are_damage(tmp_path: Path, change: dict[str, Any]) -> None:
+    file = PredictionFile(tmp_path / "x.generate.jsonl", Prediction)
+    line = {"index": 0, "question": "q", "reference": "1", "output": "1", "answers": {"strict": None}, "correct": {}}
+    file.path.write_text(json.dumps(line) + "\n")
+    assert file.read()[0].output == "1"
+    file.path.write_text(json.dumps(line | change) + "\n")
+    with pytest.raises(UserError, match="damaged in line 1"):
+        file.read()
 
 
 def test_one_process_at_a_time(tmp_path: Path) -> None:

@@ -20,7 +20,8 @@ from moa_peft import MoAConfig
 from moa_peft.cli import main
 from moa_peft.errors import UserError
 from moa_peft.generation import generate_texts
-from moa_peft.harness import HarnessResult, HarnessScore, _built_in_manager, check_harness_tasks, run_harness
+from moa_peft.harness import _built_in_manager, check_harness_tasks, run_harness
+from moa_peft.harness_results import HarnessResult, HarnessScore
 from tests.matrix import randomise_adapter
 from tests.tiny import save_tiny, tiny_model, tiny_tokenizer
 

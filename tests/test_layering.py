@@ -65,6 +65,7 @@ LEVELS = [
         "answers",
         "code_evaluation",
         "harness",
+        "harness_results",
         "intervals",
         "study",
         "tasks",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ from moa_peft.data.examples import Message, Source
 from moa_peft.errors import UserError
 from moa_peft.evaluation import Continuation, choose_options, continuation_likelihoods, reference_likelihoods
 from moa_peft.evaluation import likelihood as module
+from moa_peft.evaluation.run import ScoringSettings
 from moa_peft.tasks import Task
 from tests.tiny import tiny_model, tiny_tokenizer
 
@@ -167,6 +169,21 @@ def test_options_are_checked() -> None:
     numbers = Task(name="AddSub", suite="math", format=AnswerFormat(kind="number"), max_new_tokens=4)
     with pytest.raises(UserError, match="AddSub are numbers"):
         choose_options(adapted(), TOKENIZER, [_question(1)], task=numbers, template="alpaca")
+
+
+def test_wrong_templates_and_batch_sizes_are_refused() -> None:
+    bare = copy.deepcopy(TOKENIZER)
+    bare.chat_template = None
+    examples = [_question(1, "it is x")]
+    with pytest.raises(UserError, match="no chat template"):
+        reference_likelihoods(adapted(), bare, examples, template="chat")
+    wrong: Any = "Alpaca"
+    with pytest.raises(UserError, match="template='Alpaca' is unknown"):
+        reference_likelihoods(adapted(), TOKENIZER, examples, template=wrong)
+    with pytest.raises(UserError, match="template: 'Alpaca' is not allowed"):
+        ScoringSettings(template=wrong, scorings=("nll",))
+    with pytest.raises(UserError, match="batch_size: 0"):
+        reference_likelihoods(adapted(), TOKENIZER, examples, template="alpaca", batch_size=0)
 
 
 @pytest.mark.parametrize("template", ["alpaca", "chat"])

@@ -10,11 +10,12 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from moa_peft.adapter_files import check_adapter_folder
+from moa_peft.adapter_files import CONFIG_FILE, check_adapter_folder
 from moa_peft.base_models import Dtype, Quantization, load_config, load_model, load_tokenizer
 from moa_peft.errors import UserError
 
 TOKENIZER_FILE = "tokenizer_config.json"
+_CHECKPOINTS = "checkpoints"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,7 +77,11 @@ def load_adapter(
     base_config = load_config(reference, **remote)
     config = check_adapter_folder(path, base_config)
     has_tokenizer = (path / TOKENIZER_FILE).is_file()
-    tokenizer = _adapter_tokenizer(path) if has_tokenizer else load_tokenizer(reference, **remote)
+    tokenizer = (
+        load_tokenizer(str(path), trust_remote_code=trust_remote_code, is_model=False)
+        if has_tokenizer
+        else load_tokenizer(reference, **remote)
+    )
     model = load_model(
         reference,
         dtype=dtype,
@@ -91,23 +96,20 @@ def load_adapter(
     return LoadedAdapter(model=adapted.eval(), tokenizer=tokenizer, template=recipe.get("data", {}).get("template"))
 
 
+def is_adapter_folder(folder: Path) -> bool:
+    """Whether a folder holds an adapter."""
+    return (folder / CONFIG_FILE).is_file()
+
+
 def trained_template(folder: Path) -> str | None:
     """The prompt template of the run that made an adapter folder; None where there is no record of it."""
     return _run_recipe(folder).get("data", {}).get("template")
 
 
-def _adapter_tokenizer(path: Path) -> PreTrainedTokenizerBase:
-    from transformers import AutoTokenizer
-
-    try:
-        return AutoTokenizer.from_pretrained(str(path))
-    except (OSError, ValueError) as error:
-        raise UserError(f"adapter: the tokenizer in {str(path)!r} cannot be read: {error}") from error
-
-
 def _run_recipe(path: Path) -> dict[str, Any]:
     """The recipe in run.json of the folder, or two levels up when it is one of a run's checkpoints."""
-    for folder in (path, path.parent.parent):
+    above = (path.parent.parent,) if path.parent.name == _CHECKPOINTS else ()
+    for folder in (path, *above):
         file = folder / "run.json"
         if file.is_file():
             try:

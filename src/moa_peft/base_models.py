@@ -23,6 +23,7 @@ _DIGEST_SUFFIXES = {".json", ".jinja", ".model", ".safetensors", ".bin"}
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 Quantization = Literal["none", "8bit", "4bit"]
+_CONFIG_FILE = "config.json"
 
 
 def resolve_model(reference: str) -> str:
@@ -37,7 +38,7 @@ def resolve_model(reference: str) -> str:
         return str(packaged_base_model())
     folder = Path(reference).expanduser()
     if folder.is_dir():
-        if not (folder / "config.json").is_file():
+        if not (folder / _CONFIG_FILE).is_file():
             raise UserError(
                 f"model: the folder {reference!r} holds no config.json, so it is not a saved transformers model.\n"
                 "Give the folder that save_pretrained() wrote, a hub id such as Qwen/Qwen3-0.6B, or 'packaged'."
@@ -53,14 +54,15 @@ def resolve_model(reference: str) -> str:
 
 
 def load_config(reference: str, *, trust_remote_code: bool = False, revision: str | None = None) -> PreTrainedConfig:
-    """Load the model's configuration only.
+    """Load the model's configuration only; `reference` may be its config.json too.
 
     Raises:
         UserError: see `resolve_model`; or the hub does not answer, does not know the id, or wants a login.
     """
     from transformers import AutoConfig
 
-    source = resolve_model(reference)
+    file = Path(reference).expanduser()
+    source = resolve_model(str(file.parent) if file.name == _CONFIG_FILE and file.is_file() else reference)
     try:
         return AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code, revision=revision or "main")
     except (OSError, ValueError) as error:
@@ -68,16 +70,22 @@ def load_config(reference: str, *, trust_remote_code: bool = False, revision: st
 
 
 def load_tokenizer(
-    reference: str, *, trust_remote_code: bool = False, revision: str | None = None
+    reference: str, *, trust_remote_code: bool = False, revision: str | None = None, is_model: bool = True
 ) -> PreTrainedTokenizerBase:
-    """Load the tokenizer that belongs to a model (or that a run saved beside its adapter).
+    """Load the tokenizer that belongs to a model, or that a run saved beside its adapter.
+
+    Args:
+        reference: see `resolve_model`; or the folder of an adapter.
+        trust_remote_code: run the Python code that comes with the tokenizer.
+        revision: branch, tag or commit on the hub.
+        is_model: `reference` is a model, and not an adapter's folder.
 
     Raises:
         UserError: as `load_config`; or the tokenizer has no end-of-text token.
     """
     from transformers import AutoTokenizer
 
-    source = resolve_model(reference)
+    source = resolve_model(reference) if is_model else reference
     try:
         tokenizer = AutoTokenizer.from_pretrained(
             source, trust_remote_code=trust_remote_code, revision=revision or "main"
@@ -100,9 +108,15 @@ def pad_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
 
 
 def resolve_dtype(name: Dtype) -> torch.dtype:
-    """`auto` is bfloat16 on an accelerator that computes in it and float32 elsewhere, above all on the CPU."""
+    """`auto` is bfloat16 on an accelerator that computes in it and float32 elsewhere, above all on the CPU.
+
+    Raises:
+        UserError: the name is none of `Dtype`.
+    """
     import torch
 
+    if name not in get_args(Dtype):
+        raise UserError(f"dtype: {name!r} is not allowed; give one of {', '.join(get_args(Dtype))}.")
     if name != "auto":
         return getattr(torch, name)
     return torch.bfloat16 if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else torch.float32
@@ -132,11 +146,11 @@ def load_model(
     """
     from transformers import AutoModelForCausalLM
 
-    for name, value, kind in (("dtype", dtype, Dtype), ("quantization", quantization, Quantization)):
-        if value not in get_args(kind):
-            raise UserError(f"{name}: {value!r} is not allowed; give one of {', '.join(get_args(kind))}.")
-    source = resolve_model(reference)
+    if quantization not in get_args(Quantization):
+        allowed = ", ".join(get_args(Quantization))
+        raise UserError(f"quantization: {quantization!r} is not allowed; give one of {allowed}.")
     options: dict[str, Any] = {"dtype": resolve_dtype(dtype), "revision": revision or "main"}
+    source = resolve_model(reference)
     if attn_implementation is not None:
         options["attn_implementation"] = attn_implementation
     if quantization != "none":

@@ -72,7 +72,7 @@ def generate_texts(
     Raises:
         UserError: a value out of its range, an empty prompt, or one that leaves the model no positions to answer.
     """
-    _check_settings(max_new_tokens=max_new_tokens, batch_size=batch_size, temperature=temperature, top_p=top_p)
+    _check_settings(temperature, top_p, max_new_tokens=max_new_tokens, batch_size=batch_size, num_beams=num_beams)
     names = names or [f"prompt {number}" for number in range(1, len(prompts) + 1)]
     check_prompts(model, prompts, names=names, max_new_tokens=max_new_tokens)
     config = _generation_config(
@@ -286,8 +286,8 @@ def max_positions(config: PreTrainedConfig) -> int | None:
     return limit if factor is None else max(limit, int(limit * factor))
 
 
-def _check_settings(*, max_new_tokens: int, batch_size: int, temperature: float | None, top_p: float | None) -> None:
-    for name, value in (("max_new_tokens", max_new_tokens), ("batch_size", batch_size)):
+def _check_settings(temperature: float | None, top_p: float | None, **counts: int) -> None:
+    for name, value in counts.items():
         if value < 1:
             raise UserError(f"{name}: {value} is not allowed; give at least 1.")
     if temperature is not None and not temperature > 0:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from moa_peft.cli.choices import check_choice, split_words
 from moa_peft.cli.command_line import command_line
 from moa_peft.errors import UserError
 
@@ -99,20 +101,41 @@ def evaluate(
     """
     from rich.console import Console
 
-    from moa_peft.cli.evaluate_code import plan_code, score_code_tasks, split_code_tasks
+    from moa_peft.base_models import Dtype, Quantization
+    from moa_peft.cli.evaluate_code import plan_code, split_code_tasks
     from moa_peft.cli.score_tables import code_table
+    from moa_peft.code_evaluation.work import score_code_tasks
+    from moa_peft.data import Template
     from moa_peft.evaluation.folder import EvaluationFolder
     from moa_peft.evaluation.run import ScoringSettings, check_sets
     from moa_peft.evaluation.selection import select_sets
 
-    _check_choice("--template", template, ("alpaca", "chat"))
-    _check_choice("--dtype", dtype, ("auto", "float32", "bfloat16", "float16"))
-    _check_choice("--quantization", quantization, ("none", "8bit", "4bit"))
-    if not (tasks or data or harness):
+    check_choice("--template", template, Template)
+    check_choice("--dtype", dtype, Dtype)
+    check_choice("--quantization", quantization, Quantization)
+    words, harness_tasks = split_words(tasks), split_words(harness)
+    names, code_names = split_code_tasks(words)
+    if not (words or harness_tasks or (data and tasks is None)):
         raise UserError("eval: nothing to score. Give --tasks with --data, files with --data, or --harness.")
+    has_sets = bool(names or (data and tasks is None))
+    _refuse_idle(
+        [
+            ("--samples", samples != 1, bool(code_names), "humaneval and mbpp"),
+            ("--temperature", temperature is not None, bool(code_names), "humaneval and mbpp"),
+            ("--pass-at", pass_at != "1", bool(code_names), "humaneval and mbpp"),
+            ("--execute-code", execute_code, bool(code_names), "humaneval and mbpp"),
+            ("--num-fewshot", num_fewshot is not None, bool(harness_tasks), "--harness"),
+            ("--include-path", include_path is not None, bool(harness_tasks), "--harness"),
+            ("--max-new-tokens", max_new_tokens is not None, bool(has_sets or code_names), "question sets and code"),
+            ("--scoring", scoring != "generate", has_sets, "question sets"),
+            ("--train", train is not None, has_sets, "question sets"),
+            ("--legacy", legacy, has_sets and "generate" in split_words(scoring), "generated answers"),
+        ]
+    )
+    trained = _trained_template(model)
     settings = ScoringSettings(
-        scorings=tuple(_words(scoring)),
-        template=template or _trained_template(model) or "alpaca",  # type: ignore[arg-type]
+        scorings=tuple(split_words(scoring)),
+        template=template or trained or "alpaca",  # type: ignore[arg-type]
         max_new_tokens=max_new_tokens,
         batch_size=batch_size,
         legacy=legacy,
@@ -120,27 +143,33 @@ def evaluate(
     folder = None if output is None else EvaluationFolder(output)
     if folder is not None:
         folder.check(overwrite=overwrite)
-    names, code_names = split_code_tasks(_words(tasks or ""))
     places = data or ([os.environ["MOA_DATA"]] if tasks and os.environ.get("MOA_DATA") else [])
-    sets = select_sets(names, places, limit=limit, train=train) if names or (data and not tasks) else []
+    sets = select_sets(names, places, limit=limit, train=train) if has_sets else []
     check_sets(sets, settings)
+    if sets or code_names:
+        _check_libraries(sets)
     code = plan_code(
         code_names,
         places,
         execute_code=execute_code,
         samples=samples,
         temperature=temperature,
-        pass_at=_words(pass_at),
+        pass_at=split_words(pass_at),
         # A base model goes on with the start of a module; one that was tuned on instructions gets an instruction.
-        template=template or _trained_template(model),
+        template=template or trained,
         max_new_tokens=max_new_tokens,
         limit=limit,
     )
-    harness_tasks = _words(harness or "")
+    of_harness: dict[str, Any] = {
+        "include_path": include_path,
+        "num_fewshot": num_fewshot,
+        "limit": limit,
+        "batch_size": batch_size,
+    }
     if harness_tasks:
         from moa_peft.harness import check_harness_tasks
 
-        check_harness_tasks(harness_tasks, include_path=include_path)
+        check_harness_tasks(harness_tasks, **of_harness)
     console = Console(stderr=True)
     with nullcontext() if folder is None else folder.locked():
         how = {"dtype": dtype, "quantization": quantization, "trust_remote_code": trust_remote_code}
@@ -150,13 +179,26 @@ def evaluate(
             about_sets = {questions.name: _about_set(questions) for questions in sets}
             about_sets |= {} if code is None else code.about()
             folder.open(about, sets=about_sets, command=command_line(context), overwrite=overwrite)
-        _score(loaded, sets, settings, folder=folder, title=model, console=console)
+
+        def save() -> None:
+            if folder is not None:
+                folder.write(complete=False)
+
+        _score(loaded, sets, settings, folder=folder, title=model, console=console, save=save)
         if code is not None:
-            scores = score_code_tasks(loaded, code, folder=folder, batch_size=batch_size, console=console)
+            scores = score_code_tasks(
+                loaded.model,
+                loaded.tokenizer,
+                code,
+                folder=folder,
+                batch_size=batch_size,
+                console=console,
+                after_task=save,
+            )
             Console().print(code_table(scores))
         if harness_tasks:
-            options = {"include_path": include_path, "num_fewshot": num_fewshot, "limit": limit}
-            _score_harness(loaded, harness_tasks, folder=folder, batch_size=batch_size, console=console, **options)
+            of_harness["apply_chat_template"] = settings.template == "chat"
+            _score_harness(loaded, harness_tasks, folder=folder, console=console, **of_harness)
         if folder is not None:
             folder.write(complete=True)
             console.print(f"Saved in {output}.", highlight=False, markup=False)
@@ -177,18 +219,21 @@ def _load(model: str, *, base: str | None, **options: Any) -> tuple[LoadedAdapte
     """The model with its tokenizer, and what identifies it in a results file."""
     import torch
 
-    from moa_peft.adapter_loading import LoadedAdapter, load_adapter
+    from moa_peft.adapter_loading import LoadedAdapter, is_adapter_folder, load_adapter
     from moa_peft.base_models import load_model, load_tokenizer
     from moa_peft.evaluation.digests import adapter_digest, base_digest
 
     path = Path(model).expanduser()
-    if (path / "adapter_config.json").is_file():
+    if is_adapter_folder(path):
         loaded, kind = load_adapter(model, base=base, **options), "adapter"
     elif base is not None:
         raise UserError(f"--base: {model!r} is no adapter folder (no adapter_config.json), so it has no base model.")
     else:
         tokenizer = load_tokenizer(model, trust_remote_code=options["trust_remote_code"])
         plain: Any = load_model(model, **options)
+        if getattr(plain, "peft_config", None):
+            # transformers has put the adapter on its base; whose predictions these are could not be told.
+            raise UserError(f"eval: {model!r} is an adapter on the hub. Download it, and give its folder.")
         device = "cuda" if torch.cuda.is_available() else "cpu"
         plain = plain if options["quantization"] != "none" else plain.to(device)
         loaded = LoadedAdapter(model=plain.eval(), tokenizer=tokenizer, template=None)
@@ -207,9 +252,10 @@ def _load(model: str, *, base: str | None, **options: Any) -> tuple[LoadedAdapte
 
 def _trained_template(model: str) -> str | None:
     """The template that an adapter was trained with; None for a base model, or without a record of it."""
-    from moa_peft.adapter_loading import trained_template
+    from moa_peft.adapter_loading import is_adapter_folder, trained_template
 
-    return trained_template(Path(model).expanduser())
+    path = Path(model).expanduser()
+    return trained_template(path) if is_adapter_folder(path) else None
 
 
 def _score(
@@ -220,6 +266,7 @@ def _score(
     folder: EvaluationFolder | None,
     title: str,
     console: Any,
+    save: Callable[[], None],
 ) -> None:
     from rich.console import Console
 
@@ -229,10 +276,6 @@ def _score(
 
     if not sets:
         return
-
-    def save() -> None:
-        if folder is not None:
-            folder.write(complete=False)
 
     results = score_sets(
         loaded.model, loaded.tokenizer, sets, settings, folder=folder, console=console, after_set=save
@@ -258,10 +301,18 @@ def _score_harness(
     Console().print(harness_table(result))
 
 
-def _words(text: str) -> list[str]:
-    return [word.strip() for word in text.split(",") if word.strip()]
+def _check_libraries(sets: list[QuestionSet]) -> None:
+    """Miss what intervals and LaTeX answers need now, and not after the last question."""
+    from moa_peft.answers import require_math_verify
+    from moa_peft.intervals import require_scipy
+
+    require_scipy()
+    if any(questions.task.format.kind == "number" for questions in sets):
+        require_math_verify()
 
 
-def _check_choice(name: str, value: str | None, allowed: tuple[str, ...]) -> None:
-    if value is not None and value not in allowed:
-        raise UserError(f"{name}: {value!r} is not allowed; give one of {', '.join(allowed)}.")
+def _refuse_idle(options: list[tuple[str, bool, bool, str]]) -> None:
+    """Refuse options that are given and would do nothing: name, given, needed, what they are for."""
+    for name, given, needed, purpose in options:
+        if given and not needed:
+            raise UserError(f"{name} is for {purpose}, and none is asked for. Leave it out, or ask for them.")

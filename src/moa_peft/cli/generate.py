@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from moa_peft.cli.choices import check_choice
 from moa_peft.errors import UserError
 from moa_peft.files import check_creatable, write_atomically
 
@@ -54,12 +55,15 @@ def generate(
 
         moa generate runs/qwen "Write a poem." --temperature 0.7 --top-p 0.95
     """
+    from moa_peft.base_models import Dtype
+    from moa_peft.data import Template
+
     if prompt is not None and input is not None:
         raise UserError("generate: a prompt and --input are both given. Keep one.")
     if output is not None:
         _check_output(output, overwrite=overwrite)
-    _check_choice("--template", template, (None, "alpaca", "chat"))
-    _check_choice("--dtype", dtype, ("auto", "float32", "bfloat16", "float16"))
+    check_choice("--template", template, Template)
+    check_choice("--dtype", dtype, Dtype)
     if sample and temperature is None:
         temperature = 1.0
     settings: dict[str, Any] = {
@@ -148,9 +152,3 @@ def _row(question: Any, answer: str) -> dict[str, Any]:
         return {"prompt": question, "generated": answer}
     reference = {} if question.reference is None else {"answer": question.reference}
     return {"prompt": question.question, **reference, "generated": answer}
-
-
-def _check_choice(name: str, value: str | None, allowed: tuple[str | None, ...]) -> None:
-    if value not in allowed:
-        names = ", ".join(item for item in allowed if item is not None)
-        raise UserError(f"{name}: {value!r} is not allowed; give one of {names}.")

@@ -9,7 +9,7 @@ from rich.markup import escape
 from rich.table import Table
 
 if TYPE_CHECKING:
-    from moa_peft.harness import HarnessResult
+    from moa_peft.harness_results import HarnessResult
     from moa_peft.intervals import Interval
 
 _ACCURACIES = {"strict": "strict %", "flexible": "flexible %", "legacy": "legacy %", "choice": "choice %"}

@@ -15,6 +15,8 @@ _START_MARK = re.compile(r"\A\s*\[(?:BEGIN|PYTHON)\]")
 _THOUGHT_END = "</think>"
 _FENCE = re.compile(r"(?P<before>[^`~]*)(?P<mark>`{3,}|~{3,})[ \t]*(?P<info>[\w+.-]*)[^`~]*")
 _PYTHON = ("", "python", "py", "python3")
+# Three levels deep. Every character has one way to match: a thousand brackets take a moment, and not for ever.
+_INDEX = r"\[[^\[\]=]*(?:\[[^\[\]=]*(?:\[[^\[\]=]*\][^\[\]=]*)*\][^\[\]=]*)*\]"
 _CODE_LINE = re.compile(
     r"""
       (?:async\s+)?(?:def|class)\s+\w
@@ -22,10 +24,10 @@ _CODE_LINE = re.compile(
     | (?:if|elif|else|for|while|with|try|except|finally|match|case|async)\b.*:\s*(?:\#.*)?$
     | (?:return|yield|raise|assert|del|global|nonlocal)\b
     | (?:pass|break|continue)\s*(?:\#.*)?$
-    | [A-Za-z_][\w.]*(?:\[[^=]*\]|\s*,\s*\*?[A-Za-z_][\w.]*)*\s*(?::\s*\w[^=]*)?(?:[-+*/%&|^@]|//|\*\*|<<|>>)?=(?!=)
+    | [A-Za-z_][\w.]*(?:INDEX|\s*,\s*\*?[A-Za-z_][\w.]*)*\s*(?::\s*\w[^=]*)?(?:[-+*/%&|^@]|//|\*\*|<<|>>)?=(?!=)
     | [A-Za-z_][\w.]*\(
     | [rRbBuU]?(?:\"\"\"|''') | [@\#)\]}]
-    """,
+    """.replace("INDEX", _INDEX),
     re.VERBOSE,
 )
 _USAGE_LINE = re.compile(r"print\s*\(|assert\b|if\s+__name__\b|\"\"\"|'{3}")

@@ -59,6 +59,11 @@ class SamplingSettings:
     def __post_init__(self) -> None:
         if self.samples < 1:
             raise UserError(f"samples: {self.samples} is not allowed; give at least 1.")
+        if self.temperature is not None and not self.temperature > 0:
+            raise UserError(
+                f"temperature: {self.temperature} is not allowed; give more than 0, or none and one sample for greedy "
+                "answers."
+            )
         if self.samples > 1 and self.temperature is None:
             raise UserError("samples: several greedy answers would be equal. Give a temperature, such as 0.7.")
 
@@ -86,6 +91,13 @@ def sample_completions(
     else:
         prompts = [render_prompt(text, tokenizer, template=template) for text in asked]
     before: list[Completion] = [] if file is None else file.read()
+    for completion in before:
+        place = completion.index // settings.samples
+        if not 0 <= place < len(problems) or completion.task_id != problems[place].task_id:
+            raise UserError(
+                f"{str(file and file.path)!r} holds a program for {completion.task_id!r}, which is not its problem "
+                "here.\nDelete the file to ask for its programs again, or give another folder."
+            )
     texts = {completion.index: completion.text for completion in before}
     missing = [index for index in range(len(problems) * settings.samples) if index not in texts]
 

@@ -142,6 +142,8 @@ def _json_rows(file: Path) -> Iterator[tuple[Any, str]]:
         raise UserError(
             f"{file} is not valid JSON: line {error.lineno}, column {error.colno}: {error.msg}.{hint}"
         ) from error
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{file} cannot be read as JSON: {error}.") from error
     rows = content["data"] if isinstance(content, dict) and "data" in content else content
     if not isinstance(rows, list):
         found = f"an object with the keys {', '.join(content)}" if isinstance(content, dict) else "a single value"
@@ -165,6 +167,8 @@ def _jsonl_rows(file: Path) -> Iterator[tuple[Any, str]]:
                     f"{file} is not valid JSON Lines: line {number}, column {error.colno}: {error.msg}. Each line "
                     f"must be one complete JSON object."
                 ) from error
+            except (ValueError, RecursionError) as error:
+                raise UserError(f"{file} cannot be read as JSON in line {number}: {error}.") from error
 
 
 def _parquet_rows(file: Path) -> Iterator[tuple[Any, str]]:

@@ -114,7 +114,12 @@ def prompt_text(example: Example, tokenizer: PreTrainedTokenizerBase, *, templat
 
 
 def encode_prompts(texts: list[str], tokenizer: PreTrainedTokenizerBase, *, template: Template) -> list[list[int]]:
-    """Encode prompts; Alpaca gets the tokenizer's leading special tokens, a chat template writes its own."""
+    """Encode prompts; Alpaca gets the tokenizer's leading special tokens, a chat template writes its own.
+
+    Raises:
+        UserError: the template is unknown.
+    """
+    check_template(template, tokenizer)
     prefix = leading_special_ids(tokenizer) if template == "alpaca" else []
     return [prefix + ids for ids in encode(texts, tokenizer)]
 
@@ -129,8 +134,9 @@ def encode_examples(
     turn with no special token gets EOS after the last answer; white space after the end mark is not part of it.
 
     Raises:
-        UserError: the template cannot render an example, or there is nothing to end the answer with.
+        UserError: the template is unknown or cannot render an example, or there is nothing to end the answer with.
     """
+    check_template(template, tokenizer)
     rows = [_turns(example, tokenizer, template=template) for example in examples]
     turns = [turn for row, _ in rows for turn in row]
     prompts = encode_prompts([turn.prompt for turn in turns], tokenizer, template=template)

@@ -55,28 +55,10 @@ def choose_options(
     Raises:
         UserError: the task has no options, or a question no right one among them.
     """
-    if task.format.kind == "number":
-        raise UserError(
-            f"scoring: loglikelihood compares options, but the answers of {task.name} are numbers. Use generate."
-        )
-    references = reference_answers(examples, task.format)
     chosen = list(range(len(examples))) if indices is None else list(indices)
+    owners, continuations = option_continuations(tokenizer, examples, task=task, template=template, indices=chosen)
+    references = reference_answers(examples, task.format)
     options = {index: task.row_choices(examples[index]) for index in chosen}
-    for index in chosen:
-        if references[index] not in options[index]:
-            raise UserError(
-                f"data: {examples[index].where} has the answer {references[index]!r}, which is none of its options "
-                f"({', '.join(options[index])})."
-            )
-    ends = set(end_token_ids(tokenizer, template=template))
-    owners = [(index, option) for index in chosen for option in options[index]]
-    statements = [_answered(examples[index], task.format.statement(option)) for index, option in owners]
-    continuations = []
-    for encoded in encode_examples(statements, tokenizer, template=template):
-        start, end = encoded.answers[-1]
-        while encoded.input_ids[end - 1] in ends:
-            end -= 1
-        continuations.append(Continuation(encoded.input_ids[:start], encoded.input_ids[start:end]))
     found: dict[tuple[int, str], Likelihood] = {}
     choices: dict[int, Choice] = {}
 
@@ -95,6 +77,43 @@ def choose_options(
 
     continuation_likelihoods(model, continuations, batch_size=batch_size, on_batch=collect, console=console)
     return [choices[index] for index in sorted(choices)]
+
+
+def option_continuations(
+    tokenizer: PreTrainedTokenizerBase,
+    examples: Sequence[Example],
+    *,
+    task: Task,
+    template: Template,
+    indices: Sequence[int],
+) -> tuple[list[tuple[int, str]], list[Continuation]]:
+    """The statements of the options of questions: whose they are (position of the question, option), and their tokens.
+
+    Raises:
+        UserError: the task has no options, or a question no right one among them.
+    """
+    if task.format.kind == "number":
+        raise UserError(
+            f"scoring: loglikelihood compares options, but the answers of {task.name} are numbers. Use generate."
+        )
+    references = reference_answers(examples, task.format)
+    options = {index: task.row_choices(examples[index]) for index in indices}
+    for index in indices:
+        if references[index] not in options[index]:
+            raise UserError(
+                f"data: {examples[index].where} has the answer {references[index]!r}, which is none of its options "
+                f"({', '.join(options[index])})."
+            )
+    ends = set(end_token_ids(tokenizer, template=template))
+    owners = [(index, option) for index in indices for option in options[index]]
+    statements = [_answered(examples[index], task.format.statement(option)) for index, option in owners]
+    continuations = []
+    for encoded in encode_examples(statements, tokenizer, template=template):
+        start, end = encoded.answers[-1]
+        while encoded.input_ids[end - 1] in ends:
+            end -= 1
+        continuations.append(Continuation(encoded.input_ids[:start], encoded.input_ids[start:end]))
+    return owners, continuations
 
 
 def _answered(example: Example, statement: str) -> Example:

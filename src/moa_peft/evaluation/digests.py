@@ -8,13 +8,16 @@ from typing import Any
 
 from moa_peft.base_models import weights_digest
 
+_ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "chat_template.jinja")
+
 
 def adapter_digest(folder: Path) -> str | None:
-    """SHA-256 of an adapter's weights and configuration; None where the folder holds no adapter."""
+    """SHA-256 of an adapter's weights, configuration and tokenizer; None where the folder holds no adapter."""
     digest = hashlib.sha256()
-    for name in ("adapter_config.json", "adapter_model.safetensors"):
-        if not (folder / name).is_file():
-            return None
+    if not all((folder / name).is_file() for name in _ADAPTER_FILES):
+        return None
+    for name in (*_ADAPTER_FILES, *(name for name in _TOKENIZER_FILES if (folder / name).is_file())):
         with (folder / name).open("rb") as stream:
             digest.update(hashlib.file_digest(stream, "sha256").digest())
     return digest.hexdigest()

@@ -7,6 +7,7 @@ question sets and ways of scoring; anything else is refused.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,6 +25,8 @@ RESULTS_FORMAT = 1
 RESULTS_FILE = "results.json"
 SUFFIXES = tuple(f".{scoring}.jsonl" for scoring in (*KINDS, "harness", "code"))
 _LOCK = ".lock"
+_TEMPORARY = re.compile(r"\.(results\.json|.+\.jsonl)\.")
+"""What a process that was killed while it wrote leaves behind."""
 
 
 class EvaluationFolder:
@@ -47,10 +50,14 @@ class EvaluationFolder:
         check_creatable(path, setting="--output")
         if path.exists() and not path.is_dir():
             raise UserError(f"--output: {str(path)!r} is a file. Give a folder.")
-        check_creatable(path.resolve().parent, setting="--output")
         if not path.is_dir():
+            check_creatable(path.resolve().parent, setting="--output")
             return
-        strangers = sorted(file.name for file in path.iterdir() if not _is_own(file))
+        # Predictions without results are left to `open`, which says what is wrong with them; they are never replaced.
+        ours = [
+            file for file in path.iterdir() if self._is_own(file) or (file.name.endswith(SUFFIXES) and not overwrite)
+        ]
+        strangers = sorted(file.name for file in path.iterdir() if file not in ours)
         if strangers:
             setting = "--overwrite" if overwrite else "--output"
             raise UserError(
@@ -103,9 +110,8 @@ class EvaluationFolder:
                 no results.json speaks of; nothing is changed then.
         """
         if overwrite:
-            for file in self.path.iterdir():
-                if _is_own(file) and file.name != _LOCK:
-                    file.unlink()
+            for file in [file for file in self.path.iterdir() if self._is_own(file) and file.name != _LOCK]:
+                file.unlink()
         before = self.read()
         if before:
             self._check_equal("the settings", before["settings"], settings)
@@ -118,7 +124,7 @@ class EvaluationFolder:
         if strange:
             raise UserError(
                 f"--output: {str(self.path)!r} holds predictions ({sorted(strange)[0]}) that its {RESULTS_FILE} does "
-                "not know, so it cannot be told whose they are.\nGive another folder, or --overwrite to replace it."
+                "not know, so it cannot be told whose they are.\nGive another folder, or move them away."
             )
         for name in sets:
             for scoring in KINDS:
@@ -180,7 +186,8 @@ class EvaluationFolder:
             write_atomically(self.path / f"{task}.harness.jsonl", text)
 
     def write(self, *, complete: bool) -> None:
-        """Write results.json."""
+        """Write results.json; it is complete if every set has scores, those of interrupted commands before too."""
+        complete = complete and all(content.keys() & {*KINDS, "code"} for content in self._sets.values())
         suites = {name: content["suite"] for name, content in self._sets.items() if "suite" in content}
         content = {
             "format": RESULTS_FORMAT,
@@ -194,6 +201,12 @@ class EvaluationFolder:
         }
         write_atomically(self.path / RESULTS_FILE, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
 
+    def _is_own(self, file: Path) -> bool:
+        """Whether an evaluation wrote a file: by its name, and predictions only where there are results."""
+        if _TEMPORARY.match(file.name) or file.name in (RESULTS_FILE, _LOCK):
+            return True
+        return file.name.endswith(SUFFIXES) and (self.path / RESULTS_FILE).is_file()
+
     def _check_equal(self, what: str, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
         # The same model may be called by another path; its digests are compared.
         changed = sorted(key for key in {*before, *now} - {"model", "base"} if before.get(key) != now.get(key))
@@ -204,8 +217,3 @@ class EvaluationFolder:
                 + "\n".join(lines)
                 + "\nGive another folder, or --overwrite to replace it."
             )
-
-
-def _is_own(file: Path) -> bool:
-    temporary = file.name.startswith(f".{RESULTS_FILE}.")
-    return file.name in (RESULTS_FILE, _LOCK) or file.name.endswith(SUFFIXES) or temporary

@@ -77,15 +77,11 @@ def continuation_likelihoods(
         One result for each continuation, in their order.
 
     Raises:
-        UserError: a row is longer than the model can read; nothing is scored then.
+        UserError: a row is longer than the model can read, or the batch size is below 1; nothing is scored then.
     """
-    positions = max_positions(model.config)
-    longest = max((len(row.prompt) + len(row.tokens) - 1 for row in continuations), default=0)
-    if positions is not None and longest > positions:
-        raise UserError(
-            f"scoring: a question with its answer has {longest} tokens, but the model has {positions} positions. "
-            "Shorten or leave out the longest questions."
-        )
+    if batch_size < 1:
+        raise UserError(f"batch_size: {batch_size} is not allowed; give at least 1.")
+    check_continuations(model, continuations)
     results: list[Likelihood | None] = [None] * len(continuations)
     was_training = model.training
     model.eval()
@@ -102,6 +98,21 @@ def continuation_likelihoods(
     finally:
         model.train(was_training)
     return [result for result in results if result is not None]
+
+
+def check_continuations(model: Any, continuations: Sequence[Continuation]) -> None:
+    """Refuse continuations that are longer, with their prompt, than the model can read.
+
+    Raises:
+        UserError: naming the length of the longest.
+    """
+    positions = max_positions(model.config)
+    longest = max((len(row.prompt) + len(row.tokens) - 1 for row in continuations), default=0)
+    if positions is not None and longest > positions:
+        raise UserError(
+            f"scoring: a question with its answer has {longest} tokens, but the model has {positions} positions. "
+            "Shorten or leave out the longest questions."
+        )
 
 
 def _rows(continuations: Sequence[Continuation]) -> list[_Row]:

@@ -10,7 +10,7 @@ import json
 import math
 import os
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -142,8 +142,8 @@ class PredictionFile:
         records = []
         for number, line in enumerate(whole.splitlines(), start=1):
             try:
-                records.append(self._kind(**json.loads(line)))
-            except (ValueError, TypeError) as error:
+                records.append(_typed(self._kind(**json.loads(line))))
+            except (ValueError, TypeError, RecursionError) as error:
                 raise UserError(
                     f"{str(self.path)!r} is damaged in line {number}: {error}.\n"
                     "Delete the file to score its questions again."
@@ -160,3 +160,28 @@ class PredictionFile:
             stream.write(text)
             stream.flush()
             os.fsync(stream.fileno())
+
+
+def _typed(record: Any) -> Any:
+    """A record whose fields are of their kinds, as far as JSON can tell; raises `TypeError` else."""
+    for field in fields(record):
+        value = getattr(record, field.name)
+        name = str(field.type)
+        kind = name.partition("[")[0]
+        entries = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else ()
+        allowed = next((kinds for ending, kinds in _ENTRIES.items() if name.endswith(ending)), (object,))
+        # A truth value is an int to Python.
+        if isinstance(value, bool) or not isinstance(value, _FIELDS[kind]):
+            raise TypeError(f"{field.name} is {value!r}")
+        if not all(isinstance(entry, allowed) for entry in entries):
+            raise TypeError(f"{field.name} is {value!r}")
+    return record
+
+
+_FIELDS: dict[str, Any] = {"int": int, "str": str, "float": (int, float), "dict": dict, "tuple": (list, tuple)}
+_ENTRIES: dict[str, tuple[type, ...]] = {
+    "str | None]": (str, type(None)),
+    "bool]": (bool,),
+    "[str, ...]": (str,),
+    "[float, ...]": (int, float),
+}

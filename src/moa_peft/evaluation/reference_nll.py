@@ -43,12 +43,7 @@ def reference_likelihoods(
         The results in the order of the questions.
     """
     chosen = list(range(len(examples))) if indices is None else list(indices)
-    encoded = encode_examples([examples[index] for index in chosen], tokenizer, template=template)
-    continuations = []
-    for row in encoded:
-        start, end = row.answers[-1]
-        continuations.append(Continuation(row.input_ids[:start], row.input_ids[start:end]))
-
+    continuations = reference_continuations(tokenizer, examples, template=template, indices=chosen)
     results: dict[int, ReferenceLikelihood] = {}
 
     def collect(batch: dict[int, Likelihood]) -> None:
@@ -67,3 +62,12 @@ def reference_likelihoods(
 
     continuation_likelihoods(model, continuations, batch_size=batch_size, on_batch=collect, console=console)
     return [results[index] for index in sorted(results)]
+
+
+def reference_continuations(
+    tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example], *, template: Template, indices: Sequence[int]
+) -> list[Continuation]:
+    """The tokens of the written-out answers of questions, end mark included."""
+    encoded = encode_examples([examples[index] for index in indices], tokenizer, template=template)
+    spans = [(row.input_ids, *row.answers[-1]) for row in encoded]
+    return [Continuation(ids[:start], ids[start:end]) for ids, start, end in spans]

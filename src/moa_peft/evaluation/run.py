@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from rich.console import Console
 from transformers import PreTrainedTokenizerBase
@@ -13,11 +13,12 @@ from transformers import PreTrainedTokenizerBase
 from moa_peft.data import Template
 from moa_peft.errors import UserError
 from moa_peft.evaluation.answering import answer_questions, check_lengths, predict
-from moa_peft.evaluation.choosing import choice_of, choose_options
+from moa_peft.evaluation.choosing import choice_of, choose_options, option_continuations
 from moa_peft.evaluation.folder import EvaluationFolder
+from moa_peft.evaluation.likelihood import check_continuations
 from moa_peft.evaluation.predictions import KINDS, Choice, Prediction, Record
 from moa_peft.evaluation.question_sets import QuestionSet
-from moa_peft.evaluation.reference_nll import reference_likelihoods
+from moa_peft.evaluation.reference_nll import reference_continuations, reference_likelihoods
 from moa_peft.evaluation.references import agreeing_rows, reference_answers
 from moa_peft.evaluation.scores import Score, mean_nll
 
@@ -47,6 +48,9 @@ class ScoringSettings:
         if unknown or not self.scorings:
             found = ", ".join(unknown) or "nothing"
             raise UserError(f"scoring: {found} is not allowed; give one or more of {', '.join(KINDS)}.")
+        if self.template not in get_args(Template):
+            allowed = ", ".join(get_args(Template))
+            raise UserError(f"template: {self.template!r} is not allowed; give one of {allowed}.")
         for name in ("batch_size", "max_new_tokens"):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -106,15 +110,9 @@ def score_sets(
     Raises:
         UserError: a question is too long for the model.
     """
-    if "generate" in settings.scorings:
-        for questions in sets:
-            check_lengths(
-                model,
-                tokenizer,
-                questions.examples,
-                template=settings.template,
-                max_new_tokens=settings.tokens_for(questions),
-            )
+    for questions in sets:
+        for scoring in settings.scorings:
+            _check_lengths(model, tokenizer, questions, scoring, settings)
     results: dict[str, dict[str, Any]] = {}
     for questions in sets:
         results[questions.name] = {}
@@ -126,6 +124,21 @@ def score_sets(
         if after_set is not None:
             after_set()
     return results
+
+
+def _check_lengths(
+    model: Any, tokenizer: PreTrainedTokenizerBase, questions: QuestionSet, scoring: str, settings: ScoringSettings
+) -> None:
+    """Refuse questions that are too long for the model, before hours are spent on others."""
+    examples, template = questions.examples, settings.template
+    indices = wanted_rows(questions, scoring)
+    if scoring == "generate":
+        check_lengths(model, tokenizer, examples, template=template, max_new_tokens=settings.tokens_for(questions))
+    elif scoring == "loglikelihood":
+        options = option_continuations(tokenizer, examples, task=questions.task, template=template, indices=indices)
+        check_continuations(model, options[1])
+    else:
+        check_continuations(model, reference_continuations(tokenizer, examples, template=template, indices=indices))
 
 
 def wanted_rows(questions: QuestionSet, scoring: str) -> list[int]:

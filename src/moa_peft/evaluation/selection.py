@@ -20,8 +20,8 @@ def select_sets(
 
     Args:
         tasks: names of tasks and suites, looked for in the one folder or hub id that `data` gives; empty: `data` gives
-            files. A file that is named like a task (`AddSub.json`, `boolq.test.json`) is that task, any other is a
-            set of questions whose answers are numbers.
+            files. A file that is named like a task (`AddSub.json`, `boolq.test.json`, `boolq/test.json`) is that
+            task, any other is a set of questions whose answers are numbers.
         data: a folder or hub id, or files.
         limit: only the first questions of every set.
         train: training rows; questions that occur there with other numbers are reported apart.
@@ -40,6 +40,10 @@ def select_sets(
         loaded = [(name, task, source, load_task(task, source, limit=limit)) for name, task, source in found]
     else:
         loaded = [(name, task, file, _load_file(file, limit)) for name, task, file in _named_files(data)]
+    if train is not None and not any(task.format.kind == "number" for _, task, _, _ in loaded):
+        raise UserError(
+            "--train: twins are looked for in sets whose answers are numbers, and none of these is one. Leave it out."
+        )
     return [_question_set(name, task, source, examples, trained) for name, task, source, examples in loaded]
 
 
@@ -61,15 +65,20 @@ def _named_files(files: Sequence[str]) -> list[tuple[str, Task, str]]:
             raise UserError(f"--data: {file!r} is a folder. Say with --tasks which of its question sets to score.")
         if not file.lower().endswith(SUFFIXES):
             raise UserError(f"--data: {file!r} is no {', '.join(SUFFIXES)} file. For a hub id give --tasks too.")
-    stems = [Path(file).stem for file in files]
+    stems = [_stem(Path(file)) for file in files]
     names = [
-        stem if stems.count(stem) == 1 else f"{Path(file).absolute().parent.name}-{stem}"
+        stem if stems.count(stem) == 1 else f"{Path(file).absolute().parent.name}-{Path(file).stem}"
         for file, stem in zip(files, stems, strict=True)
     ]
     twice = next((name for name in names if names.count(name) > 1), None)
     if twice is not None:
         raise UserError(f"--data: two files would both be called {twice!r}. Rename one, or score them separately.")
     return [(name, _task_of(stem), file) for name, stem, file in zip(names, stems, files, strict=True)]
+
+
+def _stem(file: Path) -> str:
+    """What a file is named after: the folder of a `test.json`, as in LLM-Adapters' own layout, else the file."""
+    return file.absolute().parent.name if file.stem.lower() == "test" else file.stem
 
 
 def _task_of(stem: str) -> Task:

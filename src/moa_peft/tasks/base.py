@@ -108,7 +108,8 @@ SUITES: Mapping[str, tuple[str, ...]] = MappingProxyType(
 )
 
 
-def _key(word: str) -> str:
+def name_key(word: str) -> str:
+    """What the spellings of a name have in common: letters and digits, in lower case."""
     return re.sub(r"[^a-z0-9]", "", word.lower())
 
 
@@ -126,7 +127,7 @@ _ALIASES = {
     "openbook": "openbookqa",
 }
 _NAMES_BY_KEY: Mapping[str, tuple[str, ...]] = MappingProxyType(
-    {key: (name,) for key, name in _ALIASES.items()} | {_key(name): (name,) for name in TASKS} | dict(SUITES)
+    {key: (name,) for key, name in _ALIASES.items()} | {name_key(name): (name,) for name in TASKS} | dict(SUITES)
 )
 
 
@@ -140,12 +141,12 @@ def select_tasks(words: Sequence[str]) -> list[Task]:
     Raises:
         UserError: a word stands for nothing, or there is none.
     """
-    known = f"Suites: {', '.join(SUITES)}. Tasks: {', '.join(TASKS)}."
+    known = f"Suites: {', '.join(SUITES)}, code. Tasks: {', '.join(TASKS)}, humaneval, mbpp."
     if not words:
         raise UserError(f"tasks: none is given; name at least one task or suite. {known}")
     names: dict[str, None] = {}
     for word in words:
-        key = _key(word)
+        key = name_key(word)
         if key not in _NAMES_BY_KEY:
             near = [name for match in get_close_matches(key, _NAMES_BY_KEY, n=3) for name in _shown(match)]
             hint = f"Did you mean {' or '.join(dict.fromkeys(near))}? " if near else ""
@@ -156,7 +157,7 @@ def select_tasks(words: Sequence[str]) -> list[Task]:
 
 def find_task(word: str) -> Task | None:
     """The task of that name, in any of its spellings; None where there is none."""
-    names = _NAMES_BY_KEY.get(_key(word), ())
+    names = _NAMES_BY_KEY.get(name_key(word), ())
     return TASKS[names[0]] if len(names) == 1 else None
 
 
