@@ -1,4 +1,4 @@
-"""The exact parameter counts of the papers' configurations (METHODS 1.12, 2, 3, 6, 7.2), from configurations alone."""
+"""The exact parameter counts of the papers' configurations, from configurations alone."""
 
 import copy
 

@@ -386,5 +386,5 @@ def test_count_joins_the_copies_of_an_expert(tmp_path, capsys: pytest.CaptureFix
     output = capsys.readouterr().out
     # The configuration alone is enough.
     assert main(["count", "--model", str(tmp_path / "config.json"), "--method", "moe_lora_topk", *knobs]) == 0
-    assert capsys.readouterr().out.splitlines()[2:] == output.splitlines()[2:]
+    assert capsys.readouterr().out.partition("┏")[2] == output.partition("┏")[2]
     assert "lora_q, 4 copies" in output and "lora_q_1" not in output

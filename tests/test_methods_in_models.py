@@ -197,7 +197,7 @@ def test_mixlora_needs_a_gated_mlp(family: str):
 
 
 def test_mixlora_is_the_mixture_of_whole_mlps():
-    """METHODS 2.9: y = sum_e w_e F_e(x), with weights that sum to 1."""
+    """MixLoRA: y = sum_e w_e F_e(x), with weights that sum to 1."""
     model = preset("mixlora", rank=4, alpha=8.0, dropout=0.0).eval()
     block = model.base_model.model.model.layers[0]
     x = torch.randn(2, 5, model.config.hidden_size)

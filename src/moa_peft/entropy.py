@@ -1,4 +1,4 @@
-"""Entropies of routing probabilities (METHODS 3; DynMoLE, arXiv 2504.00661).
+"""Entropies of routing probabilities (DynMoLE, arXiv 2504.00661).
 
 ``H_q(p) = (1 - sum_i p_i^q) / (q - 1)``                         (Tsallis)
 ``H_1(p) = - sum_i p_i log p_i``                                 (Shannon, the limit q -> 1)

@@ -2,7 +2,7 @@
 
 ``identity`` (the default): the mixture adds exactly zero before the first step.
 ``reference``: what the released MoA code intends (parallel adapter xavier with gain 1e-4, so only nearly zero;
-METHODS 1.4, arXiv 2506.05928).
+arXiv 2506.05928).
 ``normal``: N(0, 0.02) for every weight, what the released transformers port really starts from, because loading a
 checkpoint re-initialises weights that it lacks. For reproducing that code; it perturbs the base model.
 """

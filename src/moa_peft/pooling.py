@@ -1,7 +1,7 @@
 """Sequence granularity: one routing per sequence, pooled over its prompt tokens (instance-level MoA).
 
 ``w = router(mean over the prompt of z)``. The released code averages over padding and, in training, over the answer
-as well (METHODS 1.7, 8.1); here only prompt tokens count: unmasked positions before the first label of the row, or of
+as well; here only prompt tokens count: unmasked positions before the first label of the row, or of
 the segment where several sequences are packed into one row. Without labels, outside training, all unmasked tokens are
 the prompt.
 

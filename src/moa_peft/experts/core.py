@@ -1,4 +1,4 @@
-"""Core-space experts (CoMoL, METHODS 6.3): ``s * B (sum_i w_i M_i) A dropout(x)``, ``s = alpha / rank``.
+"""Core-space experts (CoMoL, arXiv 2603.00573): ``s * B (sum_i w_i M_i) A dropout(x)``, ``s = alpha / rank``.
 
 A and B are shared, each expert is one ``R x R`` core M_i: n experts cost hardly more than one LoRA of the same rank.
 The method's router reads ``A dropout(x)``, which is ``router_input: core`` in the configuration.

@@ -1,6 +1,6 @@
 """Parallel adapter beside the MLP (He et al., arXiv 2110.04366): ``w * (U silu(D x + b_D) + b_U)``.
 
-No inner scale and no norm, as in MoA (METHODS 1.4).
+No inner scale and no norm, as in MoA (arXiv 2506.05928).
 """
 
 from dataclasses import dataclass

@@ -7,7 +7,7 @@ With learned prompt embeddings P, and queries q as the base attention uses them 
 
 The softmax runs over the prompt alone, in float32, so no key-value cache entry and no mask is involved. The gate g
 has one number per head, starts at zero (the expert is then exactly off) and multiplies plainly, without tanh, as in
-MoA (METHODS 1.4).
+MoA (arXiv 2506.05928).
 """
 
 from dataclasses import dataclass

@@ -36,7 +36,7 @@ def moa_experts(
     prompt_length: int = 10,
     layers: Layers = None,
 ) -> list[dict[str, Any]]:
-    """The experts of MoA in their canonical order (METHODS 1.1): LoRA q, k, v; prompt; LoRA o, (up, gate,) down;
+    """The experts of MoA in their canonical order: LoRA q, k, v; prompt; LoRA o, (up, gate,) down;
     parallel.
 
     Args:

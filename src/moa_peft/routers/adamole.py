@@ -1,4 +1,4 @@
-"""AdaMoLE router (METHODS 2.8; arXiv 2405.00361): softmax weights above a learned threshold.
+"""AdaMoLE router (arXiv 2405.00361): softmax weights above a learned threshold.
 
 ``p = softmax(head(z))``, ``tau = max_threshold * sigmoid(v . z + c)``, ``a = p - tau``, ``m = 1[a >= 0]``,
 ``w = a m / sum(a m)``. p, a, m, w are ``[..., E]``, tau is ``[..., 1]``. Since ``a`` itself is the weight, the

@@ -1,4 +1,4 @@
-"""DynMoLE router (METHODS 3; arXiv 2504.00661): few experts where the router is sure, all where it is not.
+"""DynMoLE router (arXiv 2504.00661): few experts where the router is sure, all where it is not.
 
 ``p = softmax(head(z))``, sorted from large to small with cumulative sums ``c``; ``m = 1[c <= top_p]`` (the expert that
 crosses the share is not added), and the first ``keep_top_k`` always; where the normalised Tsallis entropy of p exceeds

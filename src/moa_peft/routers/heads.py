@@ -11,7 +11,7 @@ from moa_peft.initialization import Init, MasterLinear, reset_linear
 
 
 class LinearHead(nn.Module):
-    """``logits = W z + b`` (METHODS 1.3, ``swi_x = 0``).
+    """``logits = W z + b`` (MoA, arXiv 2506.05928; ``swi_x = 0``).
 
     Args:
         hidden_size: width D of the hidden state.
@@ -41,7 +41,7 @@ class LinearHead(nn.Module):
 
 
 class SwiGLUHead(nn.Module):
-    """``logits = W2 (silu(W1 z + b1) * (W3 z + b3)) + b2`` (METHODS 1.3, ``swi_x > 0``).
+    """``logits = W2 (silu(W1 z + b1) * (W3 z + b3)) + b2`` (the same, ``swi_x > 0``).
 
     Args:
         hidden_size: width D of the hidden state.

@@ -1,7 +1,7 @@
 """Softmax router: every expert takes part, with weights that sum to 1.
 
-``w = softmax(head(z))``, ``[..., E]``: MoLoRA and HydraLoRA (METHODS 2.5, 2.6). With ``scaled`` it is
-``w = E * softmax(head(z))``, the ablation of MoA (METHODS 1.3), whose weights are 1 on average.
+``w = softmax(head(z))``, ``[..., E]``: MoLoRA (arXiv 2309.05444), HydraLoRA (arXiv 2404.19245). With ``scaled`` it is
+``w = E * softmax(head(z))``, the ablation of MoA (arXiv 2506.05928), whose weights are 1 on average.
 """
 
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""LD-MoLE router (METHODS 6.1; arXiv 2509.25684): sparsegen projection of the logits with a predicted sparsity.
+"""LD-MoLE router (arXiv 2509.25684): sparsegen projection of the logits with a predicted sparsity.
 
 ``u = head(z)``, ``1 - lambda = epsilon + softplus(-f(z)) > epsilon``,
 ``w = argmin_p |p - u|^2 - lambda |p|^2`` over the simplex, which is ``[(u - tau) / (1 - lambda)]_+`` with the tau that

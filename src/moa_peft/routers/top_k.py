@@ -1,4 +1,4 @@
-"""Top-k router: the k most probable experts of every token (METHODS 2.7, 2.9, 2.10).
+"""Top-k router: the k most probable experts of every token (MixLoRA, arXiv 2404.15159; MoLA, arXiv 2402.08562).
 
 ``u = head(z)``, in training with noise ``u + eps * softplus(G_n z)``, ``eps ~ N(0, 1)`` (arXiv 1701.06538);
 ``p = softmax(u)`` over all experts, ``m`` the k largest of p, ``w = p m / sum(p m)``, or ``w = p m`` unrenormalised.

@@ -1,4 +1,4 @@
-"""Top-p router: as many experts as a share p of the probability takes (METHODS 2.9, "mixlora-dynamic").
+"""Top-p router: as many experts as a share p of the probability takes ("dynamic" MixLoRA, arXiv 2404.15159).
 
 ``p = softmax(head(z))``, sorted from large to small with cumulative sums ``c``; the kept set is the smallest whose sum
 exceeds the option ``p``, that is every expert whose predecessors sum to at most ``p``. ``w = p m``, not renormalised.
