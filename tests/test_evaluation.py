@@ -277,6 +277,10 @@ def test_files_in_the_layout_of_the_collection_are_their_tasks(tmp_path: Path) -
         ("AddSub", "AddSub"),
         ("gsm8k", "gsm8k"),
     ]
+    odd = [{"instruction": "Which?\n\nAnswer format: answer1/answer2", "output": "x", "answer": "answer5"}]
+    (tmp_path / "ARC-Easy.json").write_text(json.dumps(odd))
+    with pytest.raises(UserError, match="row 1 has no answer to compare with: its answer is 'answer5'"):
+        select_sets([], [str(tmp_path / "ARC-Easy.json")])
     with pytest.raises(UserError, match="--train: twins"):
         option = [{"instruction": "Which?\n\nAnswer format: true/false", "output": "x", "answer": "true"}]
         (tmp_path / "boolq.json").write_text(json.dumps(option))
@@ -297,7 +301,7 @@ def test_files_in_the_layout_of_the_collection_are_their_tasks(tmp_path: Path) -
         (["--data", "{files}/sums.json", "--data", "{files}/sums.json"], "twice|both be called"),
         (["--data", "{files}/sums.json", "--output", "{files}/sums.json"], "is a file"),
         (["--data", "{files}/sums.json", "--output", "{files}", "--overwrite"], "more than results"),
-        (["--data", "{files}/words.json"], "no number"),
+        (["--data", "{files}/words.json"], "must be a number"),
         (["--data", "{files}/sums.json", "--scoring", "guess"], "scoring: guess"),
         (["--data", "{files}/sums.json", "--scoring", "loglikelihood"], "are numbers"),
         (["--data", "{files}"], "is a folder"),

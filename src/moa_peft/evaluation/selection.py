@@ -39,7 +39,7 @@ def select_sets(
         found = [(task.name, task, data[0]) for task in select_tasks(tasks)]
         loaded = [(name, task, source, load_task(task, source, limit=limit)) for name, task, source in found]
     else:
-        loaded = [(name, task, file, _load_file(file, limit)) for name, task, file in _named_files(data)]
+        loaded = [(name, task, file, _load_file(file, task, limit)) for name, task, file in _named_files(data)]
     if train is not None and not any(task.format.kind == "number" for _, task, _, _ in loaded):
         raise UserError(
             "--train: twins are looked for in sets whose answers are numbers, and none of these is one. Leave it out."
@@ -54,8 +54,11 @@ def _question_set(
     return QuestionSet(name=name, task=task, examples=examples, source=source, parts=parts)
 
 
-def _load_file(file: str, limit: int | None) -> list[Example]:
-    return load_examples(file, split="test", limit=limit, require_answer=False)
+def _load_file(file: str, task: Task, limit: int | None) -> list[Example]:
+    examples = load_examples(file, split="test", limit=limit, require_answer=False)
+    for example in examples:
+        task.reference(example)
+    return examples
 
 
 def _named_files(files: Sequence[str]) -> list[tuple[str, Task, str]]:
