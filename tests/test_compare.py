@@ -182,7 +182,7 @@ def test_a_run_that_fails_is_named_and_the_others_are_kept(
         ({"recipe": {"model": "x", "max_steps": 3, "data": "train.json"}}, "recipe.data must be a block"),
         ({"recipe": {"model": "x", "max_steps": 3, "data": {"split": "validation"}}}, "recipe.data.split"),
         ({"recipe": {"model": "x", "max_steps": 3, "eval_steps": 1}}, "recipe.eval_steps cannot be set"),
-        ({"rows": {"soft_moa": {}, "lora": {"recipe": {"model": "y"}}}}, "one budget"),
+        ({"rows": {"soft_moa": {}, "lora": {"recipe": {"model": "y"}}}}, "one model"),
         ({"rows": {"soft_moa": {}, "lora": {"recipe": {"train_sampling_strategy": "random"}}}}, "one budget"),
         ({"rows": {"soft_moa": {}, "lora": {"learning_rate_of": "soft_moa"}}, "search": None}, "needs a search"),
         ({"comparisons": [{"question": "?", "rows": ["lora"]}] * 2}, "asked twice"),
@@ -253,9 +253,7 @@ def test_a_rate_that_diverges_is_a_try_like_others(tmp_path: Path) -> None:
     work = Study(parse_study(content), roots=[SMOKE.parent], output=tmp_path / "out")
     outcome = work.run(processes=2, threads=1, console=Console(quiet=True))
     assert [record.learning_rate for record in outcome.records] == [1e-3] and not outcome.failed
-    assert work.rates_at_the_ends() == [
-        "Chosen learning rates at an end of the tries, beyond which a better one may lie: soft_moa (0.001)."
-    ]
+    assert work.rates_at_the_ends() == []  # Of two tries, each is an end.
     content["search"]["learning_rate"] = [1e38, 2e38]
     hopeless = Study(parse_study(content), roots=[SMOKE.parent], output=tmp_path / "hopeless")
     assert [run.reason for run in hopeless.outcome().missing] == ["its learning rate is not chosen yet"]
@@ -263,12 +261,34 @@ def test_a_rate_that_diverges_is_a_try_like_others(tmp_path: Path) -> None:
     assert [run.reason for run in outcome.missing] == ["training diverged at every learning rate"]
 
 
+def test_rates_at_an_end_of_the_tries_are_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    content = smoke()
+    content["search"]["learning_rate"] = [1e-4, 1e-3, 1e-2]
+    work = Study(parse_study(content), roots=[SMOKE.parent], output=tmp_path / "out")
+    assert work.rates_at_the_ends() == []
+    for row, losses in (("soft_moa", [3.0, 2.0, 1.0]), ("lora", [2.0, 1.0, 3.0])):
+        for job, loss in zip([job for job in search_jobs(work.spec) if job.row == row], losses, strict=True):
+            file = work.folder.result(job)
+            file.parent.mkdir(parents=True, exist_ok=True)
+            digest = job_digest(work.spec, job, data=work.data)
+            file.write_text(json.dumps({"digest": digest, "validation_loss": loss}))
+    assert work.rates_at_the_ends() == [
+        "Chosen learning rates at an end of the tries, beyond which a better one may lie: soft_moa (0.01)."
+    ]
+
+
 def test_folders_of_something_else_are_left_alone(finished: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="holds the study 'smoke', not 'other'"):
         study(finished, name="other")
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / ".table.md.123").write_text("left by a process that was killed")
+    (tmp_path / "out" / ".accuracy.123.png").write_text("left by a process that was killed")
     study(tmp_path / "out")
+    for name in (".git", "table.csv"):
+        (tmp_path / "out" / name).write_text("of something else")
+        with pytest.raises(UserError, match=name):
+            study(tmp_path / "out")
+        (tmp_path / "out" / name).unlink()
     (tmp_path / "out" / "thesis.tex").write_text("x")
     with pytest.raises(UserError, match="thesis.tex"):
         study(tmp_path / "out")

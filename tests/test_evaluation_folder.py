@@ -259,10 +259,32 @@ def test_a_folder_is_complete_when_every_set_in_it_is(
 def test_what_a_killed_process_left_is_in_nobodys_way(files: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     out.mkdir()
-    (out / ".arc_easy.harness.jsonl.x1y2").write_text("half a li")
+    (out / ".arc_easy.harness.jsonl.x1y2_z34").write_text("half a li")
     assert evaluate(files, out) == 0
     assert evaluate(files, out, "--overwrite") == 0
-    assert not (out / ".arc_easy.harness.jsonl.x1y2").exists()
+    assert not (out / ".arc_easy.harness.jsonl.x1y2_z34").exists()
+    (out / ".my_notes.jsonl.bak").write_text("mine")
+    assert evaluate(files, out, "--overwrite") == 2 and (out / ".my_notes.jsonl.bak").exists()
+
+
+def test_an_overwrite_that_is_killed_can_be_repeated(
+    files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    assert evaluate(files, out, "--scoring", "generate,nll") == 0
+    unlink, calls = Path.unlink, []
+
+    def killed(path: Path, *words: Any, **options: Any) -> None:
+        calls.append(path.name)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        unlink(path, *words, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "unlink", killed)
+        evaluate(files, out, "--overwrite")
+    assert len(calls) == 2 and "results.json" not in calls
+    assert evaluate(files, out, "--overwrite") == 0
 
 
 def test_predictions_without_results_are_never_replaced(
@@ -299,7 +321,7 @@ def test_missing_libraries_are_told_before_the_model_is_loaded(
     def missing() -> None:
         raise UserError("pip install 'moa-peft[eval]'")
 
-    monkeypatch.setattr(f"moa_peft.{'intervals' if library == 'require_scipy' else 'answers'}.{library}", missing)
+    monkeypatch.setattr(f"moa_peft.evaluation.run.{library}", missing)
     monkeypatch.setattr("moa_peft.base_models.load_model", lambda *words, **options: 1 / 0)
     assert main(["eval", str(files / "base"), "--data", str(files / "AddSub.json")]) == 2
     assert "moa-peft[eval]" in capsys.readouterr().err

@@ -12,7 +12,7 @@ from moa_peft.study.accuracy_plot import plot_accuracy_over_parameters
 from moa_peft.study.budgets import check_budgets
 from moa_peft.study.difference_plot import plot_differences
 from moa_peft.study.jobs import REPORT_FILES
-from moa_peft.study.questions import Question
+from moa_peft.study.questions import Comparison, Question
 from moa_peft.study.records import RunRecord
 from moa_peft.study.report import write_report
 from moa_peft.study.tables import study_tables
@@ -150,12 +150,16 @@ def test_differences_are_drawn_with_interval_and_margin(tmp_path, records, monke
 
     kept = []
     monkeypatch.setattr(Figure, "savefig", lambda figure, file, **_: (kept.append(figure), file.write_bytes(b"x")))
-    (tables,) = study_tables(records, QUESTION)
-    plot_differences([tables.overview, tables.overview], tmp_path / "a.svg", question=QUESTION)
+    asked = (
+        Comparison(title="All", baseline="lora", rows=("soft_moa & prompt", "soft_moa", "mixlora")),
+        Comparison(title="One", baseline="lora", rows=("soft_moa",)),
+    )
+    (tables,) = study_tables(records, replace(QUESTION, comparisons=asked))
+    plot_differences(tables.comparisons, tmp_path / "a.svg", question=QUESTION)
     (figure,) = kept
     panel, same = figure.axes
-    assert panel.get_title(loc="left") == same.get_title(loc="left") == "MetaMath"
-    compared = [row for row in tables.overview.rows if row["row"] != "lora"]
+    assert [panel.get_title(loc="left"), same.get_title(loc="left")] == ["MetaMath: All", "MetaMath: One"]
+    compared = [row for row in tables.comparisons[0].rows if row["row"] != "lora"]
     assert [label.get_text() for label in panel.get_yticklabels()] == [row["row"] for row in compared]
     for row, bar in zip(compared, panel.containers, strict=True):
         (ends,) = bar.lines[2][0].get_segments()

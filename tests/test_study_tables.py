@@ -159,9 +159,29 @@ def test_a_measure_other_than_the_primary_has_no_margin_and_its_own_direction(ta
 
 def test_one_seed_is_said_to_be_one_seed():
     table = study_tables(make_records(seeds=(1,)), QUESTION)[0].overview
-    assert any(note.startswith("One seed only: soft_moa & prompt, soft_moa, mixlora.") for note in table.notes)
+    assert any(
+        note.startswith("One seed only, so no verdict: soft_moa & prompt, soft_moa, mixlora.") for note in table.notes
+    )
     assert [row["verdict"] for row in table.rows] == ["baseline", "one seed", "one seed", "one seed"]
     assert re.search(r"\| soft_moa \| soft_moa \| 1 \| 2,000,000 \| 0.0003 \| [0-9.]+ \|", to_markdown(table))
+
+
+def test_rows_of_one_seed_are_part_of_the_family_and_not_tested(records):
+    one = [run for run in records if run.row in ("lora", "mixlora") or run.seed == 1]
+    rows = {row["row"]: row for row in study_tables(one, QUESTION)[0].overview.rows}
+    assert [rows[name]["p_holm"] for name in ("soft_moa & prompt", "soft_moa")] == [None, None]
+    assert rows["soft_moa"]["p_value"] is not None
+    # Three comparisons were asked for, two of which cannot be made yet.
+    assert rows["mixlora"]["p_holm"] == pytest.approx(min(1, 3 * rows["mixlora"]["p_value"]))
+
+
+def test_rows_that_can_never_be_paired_are_no_part_of_the_family(records):
+    apart = [replace(run, seed=run.seed + 10) for run in records if run.row == "soft_moa"]
+    others = [run for run in records if run.row != "soft_moa"]
+    rows = {row["row"]: row for row in study_tables([*others, *apart], QUESTION)[0].overview.rows}
+    assert rows["soft_moa"]["p_value"] is None
+    tested = [rows[name] for name in ("soft_moa & prompt", "mixlora")]
+    assert [row["p_holm"] for row in tested] == pytest.approx(holm([row["p_value"] for row in tested]))
 
 
 def test_data_without_the_baseline_or_the_measure_says_so(records):

@@ -11,7 +11,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from moa_peft.adapter_files import CONFIG_FILE, check_adapter_folder
-from moa_peft.base_models import Dtype, Quantization, load_config, load_model, load_tokenizer
+from moa_peft.base_models import Dtype, Quantization, load_adapter_tokenizer, load_config, load_model, load_tokenizer
 from moa_peft.errors import UserError
 
 TOKENIZER_FILE = "tokenizer_config.json"
@@ -78,7 +78,7 @@ def load_adapter(
     config = check_adapter_folder(path, base_config)
     has_tokenizer = (path / TOKENIZER_FILE).is_file()
     tokenizer = (
-        load_tokenizer(str(path), trust_remote_code=trust_remote_code, is_model=False)
+        load_adapter_tokenizer(path, trust_remote_code=trust_remote_code)
         if has_tokenizer
         else load_tokenizer(reference, **remote)
     )

@@ -70,31 +70,39 @@ def load_config(reference: str, *, trust_remote_code: bool = False, revision: st
 
 
 def load_tokenizer(
-    reference: str, *, trust_remote_code: bool = False, revision: str | None = None, is_model: bool = True
+    reference: str, *, trust_remote_code: bool = False, revision: str | None = None
 ) -> PreTrainedTokenizerBase:
-    """Load the tokenizer that belongs to a model, or that a run saved beside its adapter.
-
-    Args:
-        reference: see `resolve_model`; or the folder of an adapter.
-        trust_remote_code: run the Python code that comes with the tokenizer.
-        revision: branch, tag or commit on the hub.
-        is_model: `reference` is a model, and not an adapter's folder.
+    """Load the tokenizer that belongs to a model.
 
     Raises:
         UserError: as `load_config`; or the tokenizer has no end-of-text token.
     """
-    from transformers import AutoTokenizer
-
-    source = resolve_model(reference) if is_model else reference
+    source = resolve_model(reference)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(
-            source, trust_remote_code=trust_remote_code, revision=revision or "main"
-        )
+        return _read_tokenizer(source, trust_remote_code=trust_remote_code, revision=revision or "main")
     except (OSError, ValueError) as error:
         raise _load_error("tokenizer", reference, error) from error
+
+
+def load_adapter_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+    """Load the tokenizer that a run saved beside its adapter.
+
+    Raises:
+        UserError: it cannot be read, or has no end-of-text token.
+    """
+    try:
+        return _read_tokenizer(str(folder), trust_remote_code=trust_remote_code)
+    except (OSError, ValueError) as error:
+        raise UserError(f"adapter: the tokenizer in {str(folder)!r} cannot be read: {error}") from error
+
+
+def _read_tokenizer(source: str, **options: Any) -> PreTrainedTokenizerBase:
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(source, **options)
     if tokenizer.eos_token_id is None:
         raise UserError(
-            f"model: the tokenizer of {reference!r} has no end-of-text token, so answers could not end.\n"
+            f"tokenizer: that of {source!r} has no end-of-text token, so answers could not end.\n"
             "Set eos_token in its tokenizer_config.json."
         )
     return tokenizer

@@ -50,7 +50,6 @@ def check_harness_tasks(
     Args:
         tasks: names of tasks, groups or tags of the harness.
         include_path: folder with further definitions (YAML), which come before those of the same name.
-
         limit, num_fewshot, batch_size: see `run_harness`.
 
     Raises:

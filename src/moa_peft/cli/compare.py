@@ -63,7 +63,7 @@ def compare(
 
     **Exit codes**: 0 when every run is there, 1 when runs failed or are missing, 2 for a mistake in the study.
     """
-    from moa_peft.intervals import require_scipy
+    from moa_peft.evaluation.run import check_libraries
     from moa_peft.study.drawing import import_matplotlib
     from moa_peft.study.runner import Study
     from moa_peft.study.study_file import load_study
@@ -71,9 +71,6 @@ def compare(
     for name, value in (("--processes", processes), ("--threads", 1 if threads is None else threads)):
         if value < 1:
             raise UserError(f"{name}: {value} is not allowed; give at least 1.")
-    # Both are for the report, which comes hours later.
-    import_matplotlib()
-    require_scipy()
     spec = load_study(study)
     root = data or Path(os.environ.get("MOA_DATA") or study.parent)
     if not root.is_dir():
@@ -88,6 +85,10 @@ def compare(
         for name in work.missing_names():
             typer.echo(name)
         return
+    # For the report, which comes hours later.
+    import_matplotlib()
+    check_libraries((questions, kind) for data in work.data.values() for questions in data.sets
+                    for kind in data.scorings(questions))  # fmt: skip
     outcome = work.run(
         processes=processes,
         threads=threads or max(1, (os.cpu_count() or 1) // processes),

@@ -107,7 +107,7 @@ def evaluate(
     from moa_peft.code_evaluation.work import score_code_tasks
     from moa_peft.data import Template
     from moa_peft.evaluation.folder import EvaluationFolder
-    from moa_peft.evaluation.run import ScoringSettings, check_sets
+    from moa_peft.evaluation.run import ScoringSettings, check_libraries, check_sets
     from moa_peft.evaluation.selection import select_sets
 
     check_choice("--template", template, Template)
@@ -115,9 +115,9 @@ def evaluate(
     check_choice("--quantization", quantization, Quantization)
     words, harness_tasks = split_words(tasks), split_words(harness)
     names, code_names = split_code_tasks(words)
-    if not (words or harness_tasks or (data and tasks is None)):
+    if not (words or harness_tasks or (data and not tasks)):
         raise UserError("eval: nothing to score. Give --tasks with --data, files with --data, or --harness.")
-    has_sets = bool(names or (data and tasks is None))
+    has_sets = bool(names or (data and not tasks))
     _refuse_idle(
         [
             ("--samples", samples != 1, bool(code_names), "humaneval and mbpp"),
@@ -147,7 +147,7 @@ def evaluate(
     sets = select_sets(names, places, limit=limit, train=train) if has_sets else []
     check_sets(sets, settings)
     if sets or code_names:
-        _check_libraries(sets)
+        check_libraries((questions, kind) for questions in sets for kind in settings.scorings)
     code = plan_code(
         code_names,
         places,
@@ -229,11 +229,11 @@ def _load(model: str, *, base: str | None, **options: Any) -> tuple[LoadedAdapte
     elif base is not None:
         raise UserError(f"--base: {model!r} is no adapter folder (no adapter_config.json), so it has no base model.")
     else:
-        tokenizer = load_tokenizer(model, trust_remote_code=options["trust_remote_code"])
         plain: Any = load_model(model, **options)
         if getattr(plain, "peft_config", None):
             # transformers has put the adapter on its base; whose predictions these are could not be told.
             raise UserError(f"eval: {model!r} is an adapter on the hub. Download it, and give its folder.")
+        tokenizer = load_tokenizer(model, trust_remote_code=options["trust_remote_code"])
         device = "cuda" if torch.cuda.is_available() else "cpu"
         plain = plain if options["quantization"] != "none" else plain.to(device)
         loaded = LoadedAdapter(model=plain.eval(), tokenizer=tokenizer, template=None)
@@ -299,16 +299,6 @@ def _score_harness(
         folder.add_harness(result.to_dict())
         folder.write_samples(result.samples)
     Console().print(harness_table(result))
-
-
-def _check_libraries(sets: list[QuestionSet]) -> None:
-    """Miss what intervals and LaTeX answers need now, and not after the last question."""
-    from moa_peft.answers import require_math_verify
-    from moa_peft.intervals import require_scipy
-
-    require_scipy()
-    if any(questions.task.format.kind == "number" for questions in sets):
-        require_math_verify()
 
 
 def _refuse_idle(options: list[tuple[str, bool, bool, str]]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
@@ -22,7 +23,8 @@ def split_code_tasks(names: Sequence[str]) -> tuple[list[str], list[str]]:
     from moa_peft.tasks.base import name_key
 
     tasks = get_args(CodeDataset)
-    keys = {name: name_key(name) for name in names}
+    # "humaneval+" is another set.
+    keys = {name: name_key(name) if re.fullmatch(r"[\w\s-]+", name) else name for name in names}
     asked = {key for key in keys.values() if key in (*tasks, _SUITE)}
     others = [name for name in names if keys[name] not in asked]
     return others, [task for task in tasks if task in asked or _SUITE in asked]
@@ -51,6 +53,7 @@ def plan_code(
     from moa_peft.code_evaluation.sampling import SamplingSettings
     from moa_peft.code_evaluation.sandbox import MEMORY_MIB, TIMEOUT_S, check_sandbox
     from moa_peft.code_evaluation.work import CodeWork
+    from moa_peft.data.loading import is_hub_id
 
     require_permission(execute_code)
     check_sandbox(timeout_s=TIMEOUT_S, memory_mib=MEMORY_MIB, allow_network=False)
@@ -68,7 +71,7 @@ def plan_code(
     )
     if len(data) != 1:
         raise UserError(f"--data: {', '.join(tasks)} need one folder, file or hub id; {len(data)} are given.")
-    if len(tasks) > 1 and not Path(data[0]).expanduser().is_dir():
+    if len(tasks) > 1 and (is_hub_id(data[0]) or Path(data[0]).is_file()):
         raise UserError(
             f"--data: {data[0]!r} is one data set, but {', '.join(tasks)} are several. Give a folder with all of "
             "them, or score one after the other (into the same --output)."

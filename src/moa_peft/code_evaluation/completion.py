@@ -15,8 +15,14 @@ _START_MARK = re.compile(r"\A\s*\[(?:BEGIN|PYTHON)\]")
 _THOUGHT_END = "</think>"
 _FENCE = re.compile(r"(?P<before>[^`~]*)(?P<mark>`{3,}|~{3,})[ \t]*(?P<info>[\w+.-]*)[^`~]*")
 _PYTHON = ("", "python", "py", "python3")
-# Three levels deep. Every character has one way to match: a thousand brackets take a moment, and not for ever.
-_INDEX = r"\[[^\[\]=]*(?:\[[^\[\]=]*(?:\[[^\[\]=]*\][^\[\]=]*)*\][^\[\]=]*)*\]"
+_INDEX_PART = r"(?:\"[^\"\n]*\"|'[^'\n]*'|[^\[\]=\"'])"
+
+
+def _index(depth: int) -> str:
+    """A pattern for brackets in brackets; every character has one way to match, so its time is that of its length."""
+    return rf"\[(?:{_INDEX_PART}{'|' + _index(depth - 1) if depth > 1 else ''})*\]"
+
+
 _CODE_LINE = re.compile(
     r"""
       (?:async\s+)?(?:def|class)\s+\w
@@ -27,7 +33,7 @@ _CODE_LINE = re.compile(
     | [A-Za-z_][\w.]*(?:INDEX|\s*,\s*\*?[A-Za-z_][\w.]*)*\s*(?::\s*\w[^=]*)?(?:[-+*/%&|^@]|//|\*\*|<<|>>)?=(?!=)
     | [A-Za-z_][\w.]*\(
     | [rRbBuU]?(?:\"\"\"|''') | [@\#)\]}]
-    """.replace("INDEX", _INDEX),
+    """.replace("INDEX", _index(5)),
     re.VERBOSE,
 )
 _USAGE_LINE = re.compile(r"print\s*\(|assert\b|if\s+__name__\b|\"\"\"|'{3}")

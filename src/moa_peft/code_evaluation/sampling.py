@@ -91,11 +91,12 @@ def sample_completions(
     else:
         prompts = [render_prompt(text, tokenizer, template=template) for text in asked]
     before: list[Completion] = [] if file is None else file.read()
+    path = "" if file is None else str(file.path)
     for completion in before:
         place = completion.index // settings.samples
         if not 0 <= place < len(problems) or completion.task_id != problems[place].task_id:
             raise UserError(
-                f"{str(file and file.path)!r} holds a program for {completion.task_id!r}, which is not its problem "
+                f"{path!r} holds a program for {completion.task_id!r}, which is not its problem "
                 "here.\nDelete the file to ask for its programs again, or give another folder."
             )
     texts = {completion.index: completion.text for completion in before}

@@ -15,7 +15,7 @@ from moa_peft.code_evaluation.scoring import score_code
 if TYPE_CHECKING:
     from moa_peft.evaluation.folder import EvaluationFolder
 
-CODE_VERSION = 1
+CODE_VERSION = 2
 """Raised whenever scores would move for equal programs."""
 
 

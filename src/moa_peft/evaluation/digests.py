@@ -9,7 +9,18 @@ from typing import Any
 from moa_peft.base_models import weights_digest
 
 _ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
-_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "chat_template.jinja")
+_TOKENIZER_FILES = {
+    "added_tokens.json",
+    "chat_template.jinja",
+    "merges.txt",
+    "special_tokens_map.json",
+    "spiece.model",
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "vocab.json",
+    "vocab.txt",
+}
 
 
 def adapter_digest(folder: Path) -> str | None:
@@ -17,7 +28,8 @@ def adapter_digest(folder: Path) -> str | None:
     digest = hashlib.sha256()
     if not all((folder / name).is_file() for name in _ADAPTER_FILES):
         return None
-    for name in (*_ADAPTER_FILES, *(name for name in _TOKENIZER_FILES if (folder / name).is_file())):
+    tokenizer = sorted(file.name for file in folder.iterdir() if file.name in _TOKENIZER_FILES)
+    for name in (*_ADAPTER_FILES, *tokenizer):
         with (folder / name).open("rb") as stream:
             digest.update(hashlib.file_digest(stream, "sha256").digest())
     return digest.hexdigest()

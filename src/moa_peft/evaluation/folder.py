@@ -21,11 +21,12 @@ from moa_peft.evaluation.predictions import KINDS, PredictionFile
 from moa_peft.evaluation.scores import suite_means
 from moa_peft.files import check_creatable, write_atomically
 
-RESULTS_FORMAT = 1
+RESULTS_FORMAT = 2
+"""Raised when what identifies a model or a set is counted differently."""
 RESULTS_FILE = "results.json"
 SUFFIXES = tuple(f".{scoring}.jsonl" for scoring in (*KINDS, "harness", "code"))
 _LOCK = ".lock"
-_TEMPORARY = re.compile(r"\.(results\.json|.+\.jsonl)\.")
+_TEMPORARY = re.compile(r"\.(results\.json|.+\.harness\.jsonl)\.[a-z0-9_]{8}")
 """What a process that was killed while it wrote leaves behind."""
 
 
@@ -110,7 +111,9 @@ class EvaluationFolder:
                 no results.json speaks of; nothing is changed then.
         """
         if overwrite:
-            for file in [file for file in self.path.iterdir() if self._is_own(file) and file.name != _LOCK]:
+            own = [file for file in self.path.iterdir() if self._is_own(file) and file.name != _LOCK]
+            # results.json last: without it, what a kill leaves here would be nobody's.
+            for file in sorted(own, key=lambda file: file.name == RESULTS_FILE):
                 file.unlink()
         before = self.read()
         if before:
@@ -203,7 +206,7 @@ class EvaluationFolder:
 
     def _is_own(self, file: Path) -> bool:
         """Whether an evaluation wrote a file: by its name, and predictions only where there are results."""
-        if _TEMPORARY.match(file.name) or file.name in (RESULTS_FILE, _LOCK):
+        if _TEMPORARY.fullmatch(file.name) or file.name in (RESULTS_FILE, _LOCK):
             return True
         return file.name.endswith(SUFFIXES) and (self.path / RESULTS_FILE).is_file()
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
@@ -10,6 +10,7 @@ from typing import Any, get_args
 from rich.console import Console
 from transformers import PreTrainedTokenizerBase
 
+from moa_peft.answers import require_math_verify
 from moa_peft.data import Template
 from moa_peft.errors import UserError
 from moa_peft.evaluation.answering import answer_questions, check_lengths, predict
@@ -21,6 +22,7 @@ from moa_peft.evaluation.question_sets import QuestionSet
 from moa_peft.evaluation.reference_nll import reference_continuations, reference_likelihoods
 from moa_peft.evaluation.references import agreeing_rows, reference_answers
 from moa_peft.evaluation.scores import Score, mean_nll
+from moa_peft.intervals import require_scipy
 
 Append = Callable[[Sequence[Record]], None]
 
@@ -48,6 +50,9 @@ class ScoringSettings:
         if unknown or not self.scorings:
             found = ", ".join(unknown) or "nothing"
             raise UserError(f"scoring: {found} is not allowed; give one or more of {', '.join(KINDS)}.")
+        twice = next((scoring for scoring in self.scorings if self.scorings.count(scoring) > 1), None)
+        if twice is not None:
+            raise UserError(f"scoring: {twice} is given twice. Leave one out.")
         if self.template not in get_args(Template):
             allowed = ", ".join(get_args(Template))
             raise UserError(f"template: {self.template!r} is not allowed; give one of {allowed}.")
@@ -83,6 +88,20 @@ def check_sets(sets: Sequence[QuestionSet], settings: ScoringSettings) -> None:
             )
 
 
+def check_libraries(kinds: Iterable[tuple[QuestionSet, str]]) -> None:
+    """Miss what intervals and LaTeX answers need before the first question, and not after the last.
+
+    Args:
+        kinds: sets with the ways in which they are scored.
+
+    Raises:
+        UserError: scipy or math-verify is not installed.
+    """
+    require_scipy()
+    if any(scoring == "generate" and questions.task.format.kind == "number" for questions, scoring in kinds):
+        require_math_verify()
+
+
 def score_sets(
     model: Any,
     tokenizer: PreTrainedTokenizerBase,
@@ -110,33 +129,52 @@ def score_sets(
     Raises:
         UserError: a question is too long for the model.
     """
-    for questions in sets:
-        for scoring in settings.scorings:
-            _check_lengths(model, tokenizer, questions, scoring, settings)
-    results: dict[str, dict[str, Any]] = {}
-    for questions in sets:
-        results[questions.name] = {}
-        for scoring in settings.scorings:
-            records = _predictions(model, tokenizer, questions, scoring, settings, folder, console)
-            results[questions.name][scoring] = summary(questions, scoring, records)
+    work = [_open_work(questions, scoring, folder) for questions in sets for scoring in settings.scorings]
+    for each in work:
+        _check_lengths(model, tokenizer, each, settings)
+    results: dict[str, dict[str, Any]] = {questions.name: {} for questions in sets}
+    for each in work:
+        name = each.questions.name
+        records = _predictions(model, tokenizer, each, settings, folder, console)
+        results[name][each.scoring] = summary(each.questions, each.scoring, records)
+        if len(results[name]) < len(settings.scorings):
+            continue
         if folder is not None:
-            folder.record(questions.name, results[questions.name])
+            folder.record(name, results[name])
         if after_set is not None:
             after_set()
     return results
 
 
-def _check_lengths(
-    model: Any, tokenizer: PreTrainedTokenizerBase, questions: QuestionSet, scoring: str, settings: ScoringSettings
-) -> None:
+@dataclass(frozen=True, kw_only=True)
+class _Work:
+    """A set and a way of scoring it: the predictions that are there, and the questions that are still to be asked."""
+
+    questions: QuestionSet
+    scoring: str
+    before: list[Any]
+    missing: list[int]
+
+
+def _open_work(questions: QuestionSet, scoring: str, folder: EvaluationFolder | None) -> _Work:
+    before = [] if folder is None else stored_predictions(folder, questions, scoring)
+    done = {record.index for record in before}
+    missing = [index for index in wanted_rows(questions, scoring) if index not in done]
+    return _Work(questions=questions, scoring=scoring, before=before, missing=missing)
+
+
+def _check_lengths(model: Any, tokenizer: PreTrainedTokenizerBase, work: _Work, settings: ScoringSettings) -> None:
     """Refuse questions that are too long for the model, before hours are spent on others."""
-    examples, template = questions.examples, settings.template
-    indices = wanted_rows(questions, scoring)
-    if scoring == "generate":
-        check_lengths(model, tokenizer, examples, template=template, max_new_tokens=settings.tokens_for(questions))
-    elif scoring == "loglikelihood":
-        options = option_continuations(tokenizer, examples, task=questions.task, template=template, indices=indices)
-        check_continuations(model, options[1])
+    examples, template, indices = work.questions.examples, settings.template, work.missing
+    if work.scoring == "generate":
+        asked = [examples[index] for index in indices]
+        longest = settings.tokens_for(work.questions)
+        check_lengths(model, tokenizer, asked, template=template, max_new_tokens=longest)
+    elif work.scoring == "loglikelihood":
+        _, continuations = option_continuations(
+            tokenizer, examples, task=work.questions.task, template=template, indices=indices
+        )
+        check_continuations(model, continuations)
     else:
         check_continuations(model, reference_continuations(tokenizer, examples, template=template, indices=indices))
 
@@ -207,19 +245,15 @@ def _checked(record: Any, questions: QuestionSet, wanted: set[int], path: Path) 
 def _predictions(
     model: Any,
     tokenizer: PreTrainedTokenizerBase,
-    questions: QuestionSet,
-    scoring: str,
+    work: _Work,
     settings: ScoringSettings,
     folder: EvaluationFolder | None,
     console: Console | None,
 ) -> list[Any]:
+    questions, scoring, before, missing = work.questions, work.scoring, work.before, work.missing
     file = None if folder is None else folder.predictions(questions.name, scoring)
-    wanted = wanted_rows(questions, scoring)
-    before = [] if folder is None else stored_predictions(folder, questions, scoring)
-    done = {record.index for record in before}
-    missing = [index for index in wanted if index not in done]
     if console is not None:
-        went_before = f", {len(done):,} from before" if done else ""
+        went_before = f", {len(before):,} from before" if before else ""
         console.print(
             f"{questions.name}, {scoring}: {len(missing):,} questions{went_before}", highlight=False, markup=False
         )

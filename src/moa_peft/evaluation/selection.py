@@ -81,7 +81,7 @@ def _named_files(files: Sequence[str]) -> list[tuple[str, Task, str]]:
 
 def _stem(file: Path) -> str:
     """What a file is named after: the folder of a `test.json`, as in LLM-Adapters' own layout, else the file."""
-    return file.absolute().parent.name if file.stem.lower() == "test" else file.stem
+    return (file.stem.lower() == "test" and file.absolute().parent.name) or file.stem
 
 
 def _task_of(stem: str) -> Task:

@@ -26,6 +26,10 @@ class DataSetRuns:
         """The finished runs of a row by seed."""
         return {run.seed: run for run in sorted(self.records, key=lambda run: run.seed) if run.row == row}
 
+    def asked_seeds(self, row: str) -> set[int]:
+        """The seeds of a row, finished or missing."""
+        return self.runs(row).keys() | {run.seed for run in self.missing if run.row == row}
+
     def paired_seeds(self, row: str, other: str) -> list[int]:
         """The seeds that both rows have."""
         return sorted(self.runs(row).keys() & self.runs(other).keys())

@@ -6,6 +6,7 @@ import functools
 import hashlib
 import json
 import math
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -24,9 +25,12 @@ DEFAULT_SAVE_STEPS = 25
 
 
 _PICTURES = ("differences.png", "differences.svg", "accuracy.png", "accuracy.svg")
-REPORT_FILES = ("table.md", "details.md", "table.csv", "table.tex", "results.json", *_PICTURES)
+RESULTS_FILE = "results.json"
+REPORT_FILES = (RESULTS_FILE, "table.md", "details.md", "table.csv", "table.tex", *_PICTURES)
 """What a report may consist of."""
-_OWN_NAMES = {"README.md", "records", "search", "runs", *REPORT_FILES}
+_OWN_NAMES = {"records", "search", "runs", *REPORT_FILES}
+_TEMPORARY = re.compile(rf"\.({'|'.join(re.escape(Path(name).stem) for name in REPORT_FILES)})\..+")
+"""What a process leaves that was killed while it wrote a report, or has there while it writes one."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,15 +77,16 @@ class StudyFolder:
         """
         if not self.path.is_dir():
             return
-        names = sorted(file.name for file in self.path.iterdir())
-        # Hidden files are leftovers of a killed process, or those of another one that writes its report right now.
-        strangers = [name for name in names if name not in _OWN_NAMES and not name.startswith(".")]
+        found = sorted(file.name for file in self.path.iterdir())
+        # results.json is the first file of a report.
+        own = _OWN_NAMES if RESULTS_FILE in found else _OWN_NAMES - set(REPORT_FILES)
+        strangers = [file for file in found if file not in own and not _TEMPORARY.fullmatch(file)]
         if strangers:
             raise UserError(
                 f"--output: {str(self.path)!r} holds files of something else (for example {strangers[0]}), so nothing "
                 "is written there. Give another folder."
             )
-        report = self.path / "results.json"
+        report = self.path / RESULTS_FILE
         try:
             found = json.loads(report.read_text(encoding="utf-8"))["name"] if report.is_file() else name
         except (ValueError, KeyError, TypeError) as error:

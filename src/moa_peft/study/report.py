@@ -13,7 +13,7 @@ from moa_peft.study.accuracy_plot import plot_accuracy_over_parameters
 from moa_peft.study.budgets import BudgetMismatch
 from moa_peft.study.difference_plot import judged_rows, plot_differences
 from moa_peft.study.drawing import import_matplotlib
-from moa_peft.study.jobs import REPORT_FILES
+from moa_peft.study.jobs import REPORT_FILES, RESULTS_FILE
 from moa_peft.study.questions import Question
 from moa_peft.study.records import MissingRun, RunRecord, averaged_tasks, is_accuracy, scored_measures
 from moa_peft.study.statistics import task_mean
@@ -71,11 +71,7 @@ def write_report(
     budgets = _about_budgets(budget_mismatches)
     listed = "\n".join(f"- {' '.join(remark.split())}" for remark in remarks)
     texts = {
-        "table.md": _markdown(first, [f"# {study_name}", introduction.strip(), listed, budgets, _MORE]),
-        "details.md": _markdown(details, [f"# {study_name}: differences by measure and question set"]),
-        "table.csv": to_csv(numbers),
-        "table.tex": "\n".join(to_latex(table) for table in first),
-        "results.json": _results(
+        RESULTS_FILE: _results(
             records,
             numbers,
             overviews=[of_data.overview for of_data in tables],
@@ -85,6 +81,10 @@ def write_report(
             provenance=provenance,
             budget_mismatches=budget_mismatches,
         ),
+        "table.md": _markdown(first, [f"# {study_name}", introduction.strip(), listed, budgets, _MORE]),
+        "details.md": _markdown(details, [f"# {study_name}: differences by measure and question set"]),
+        "table.csv": to_csv(numbers),
+        "table.tex": "\n".join(to_latex(table) for table in first),
     }
     folder.mkdir(parents=True, exist_ok=True)
     for name, text in texts.items():
@@ -95,8 +95,8 @@ def write_report(
 
 
 def remove_report(folder: Path, *, but: Sequence[Path] = ()) -> None:
-    """Remove what an earlier report left in a folder."""
-    for name in REPORT_FILES:
+    """Remove what an earlier report left in a folder; without its results.json nothing there is known to be one."""
+    for name in REPORT_FILES if (folder / RESULTS_FILE).is_file() else ():
         if folder / name not in but:
             (folder / name).unlink(missing_ok=True)
 
@@ -155,7 +155,7 @@ def _results(
         **provenance,
         "question": asdict(question),
         "seeds": sorted({run.seed for run in (*records, *missing)}),
-        "rows": [{"data": table.title, **row} for table in overviews for row in table.rows],
+        "rows": [dict(row) for table in overviews for row in table.rows],
         "runs": [_summary(record) for record in records],
         "missing": [vars(run) for run in missing],
         "budget_mismatches": [

@@ -137,6 +137,7 @@ class Study:
         """The finished runs, and what is missing."""
         failed = failed or {}
         rates = chosen_rates(self.spec, self.folder, data=self.data)
+        tries = finished_tries(self.spec, self.folder, data=self.data)
         known = {(job.row, job.data, job.seed): job for job in run_jobs(self.spec, rates)}
         outcome = StudyOutcome(failed=[f"{job.name}: {reason}" for job, reason in failed.items()])
         for wanted in self.jobs()[1]:
@@ -147,7 +148,7 @@ class Study:
             if record is not None:
                 outcome.records.append(named_transfer(record, self.data[wanted.data].transfer))
                 continue
-            reason = "not run yet" if job is not None else self._why_no_rate(wanted.row, failed)
+            reason = "not run yet" if job is not None else self._why_no_rate(wanted.row, tries, failed)
             if job is not None and job in failed:
                 reason = failed[job]
             outcome.missing.append(MissingRun(row=wanted.row, data=wanted.data, seed=wanted.seed, reason=reason))
@@ -155,7 +156,7 @@ class Study:
 
     def rates_at_the_ends(self) -> list[str]:
         """A sentence on rows whose chosen learning rate is the lowest or highest of the tries, if there are any."""
-        if self.spec.search is None or len(self.spec.search.learning_rate) < 2:
+        if self.spec.search is None or len(self.spec.search.learning_rate) < 3:
             return []
         rates = chosen_rates(self.spec, self.folder, data=self.data)
         ends = {min(self.spec.search.learning_rate), max(self.spec.search.learning_rate)}
@@ -165,10 +166,10 @@ class Study:
             return []
         return [f"Chosen learning rates at an end of the tries, beyond which a better one may lie: {', '.join(rows)}."]
 
-    def _why_no_rate(self, row: str, failed: Mapping[Job, str]) -> str:
+    def _why_no_rate(self, row: str, tries: Mapping[str, Mapping[float, float]], failed: Mapping[Job, str]) -> str:
         source = self.spec.rows[row].learning_rate_of or row
         reason = next((reason for job, reason in failed.items() if job.kind == "search" and job.row == source), None)
-        losses = finished_tries(self.spec, self.folder, data=self.data).get(source, {}).values()
+        losses = tries.get(source, {}).values()
         assert self.spec.search is not None
         if len(losses) == len(self.spec.search.learning_rate) and min(losses) == math.inf:
             return "training diverged at every learning rate"
@@ -180,19 +181,19 @@ class Study:
     def _count_parameters(self) -> dict[str, int]:
         """Trainable parameters of every row, from configurations alone; checks every recipe on the way."""
         counts: dict[str, int] = {}
-        configs: dict[str, Any] = {}
+        config: Any = None
         pairs = [(row, data) for data in self.spec.data for row in self.spec.rows_on(data)]
         for row, data in pairs:
             job = Job(kind="run", row=row, data=data, seed=self.spec.seeds[0], learning_rate=None)
             recipe = job_recipe(self.spec, job, data=self.data[data], output_dir=str(self.folder.path))
             options = recipe.options
-            if options.model not in configs:
+            if config is None:
                 remote = {"trust_remote_code": options.trust_remote_code, "revision": options.revision}
-                configs[options.model] = load_config(options.model, **remote)
+                config = load_config(options.model, **remote)
             try:
                 recipe.training_arguments(checkpoints=self.folder.path, has_validation=True)
                 if row not in counts:
-                    model = adapter_on_meta(adapter_config(recipe), configs[options.model])
+                    model = adapter_on_meta(adapter_config(recipe), config)
                     counts[row] = model.get_nb_trainable_parameters()[0]
             except UserError as error:
                 raise UserError(f"study: rows.{row}: {error}") from error

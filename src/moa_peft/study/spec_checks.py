@@ -32,7 +32,6 @@ _ONE_BUDGET = (
     "train_sampling_strategy",
     "data_seed",
     "dataloader_drop_last",
-    *_ONE_MODEL,
 )
 _LAST_WEIGHTS = "the weights of the last step count"
 _SET_BY_STUDY = {
@@ -153,7 +152,7 @@ def _check_recipes(spec: StudySpec) -> None:
         for key, advice in _SET_BY_DATA.items():
             if key in recipe.get("data", {}):
                 raise UserError(f"study: {where}.data.{key} cannot be set; {advice}.")
-        if where.startswith("data.") and (shared := [key for key in _ONE_MODEL if key in recipe]):
+        if where != "recipe" and (shared := [key for key in _ONE_MODEL if key in recipe]):
             raise UserError(f"study: {where}.{shared[0]} cannot be set; a study has one model.")
         if where.startswith("rows.") and (shared := [key for key in _ONE_BUDGET if key in recipe]):
             raise UserError(f"study: {where}.{shared[0]} cannot be set; all rows have one budget.")

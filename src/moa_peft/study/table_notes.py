@@ -88,7 +88,7 @@ def reservations(of_data: DataSetRuns, baseline: str, differences: Mapping[str, 
     one_seed = [row for row, difference in differences.items() if not difference.seeds_resampled]
     if one_seed:
         notes.append(
-            f"One seed only: {', '.join(one_seed)}. These intervals cover the choice of questions and not the spread "
-            "between seeds; they speak of the trained models, not of the methods."
+            f"One seed only, so no verdict: {', '.join(one_seed)}. These intervals cover the choice of questions, not "
+            "the spread between seeds; they speak of the trained models, not of the methods."
         )
     return notes

@@ -180,9 +180,7 @@ def _by_set(of_data: DataSetRuns, measure: str) -> StudyTable:
 
 def _counts(of_data: DataSetRuns, row: str) -> dict[str, Value]:
     """A row with the number of its seeds, finished and asked for."""
-    seeds = of_data.runs(row).keys()
-    asked = seeds | {run.seed for run in of_data.missing if run.row == row}
-    return {"row": row, "seeds": len(seeds), "seeds_asked": len(asked)}
+    return {"row": row, "seeds": len(of_data.runs(row)), "seeds_asked": len(of_data.asked_seeds(row))}
 
 
 def _details(of_data: DataSetRuns, question: Question) -> list[StudyTable]:
@@ -218,11 +216,13 @@ def _compare(
     """
     has_verdicts = not question.comparisons
     margin = question.margin_of(measure)
-    # The family is what was asked: rows without a run yet count, so that a verdict does not change when they come.
-    num_tests = sum(row != question.baseline for row in of_data.rows)
-    differences = _differences(of_data, question.baseline, measure=measure, tasks=tasks)
-    p_values = [each.p_value for each in differences.values()]
-    adjusted = dict(zip(differences, holm(p_values, num_tests=num_tests), strict=True))
+    baseline = question.baseline
+    # The family is what was asked: a verdict does not get easier because runs are missing, or stand on one seed.
+    others = [row for row in of_data.rows if row != baseline]
+    num_tests = sum(bool(of_data.asked_seeds(row) & of_data.asked_seeds(baseline)) for row in others)
+    differences = _differences(of_data, baseline, measure=measure, tasks=tasks)
+    tested = {row: found.p_value for row, found in differences.items() if found.seeds_resampled}
+    adjusted = dict(zip(tested, holm(list(tested.values()), num_tests=num_tests), strict=True))
     rows: list[dict[str, Value]] = []
     for row in of_data.rows:
         runs = of_data.runs(row)
@@ -232,13 +232,13 @@ def _compare(
             "measure": measure,
             "tasks": "; ".join(tasks),
             **_counts(of_data, row),
-            "baseline": question.baseline,
+            "baseline": baseline,
             "method": next((run.method for run in runs.values()), None),
             "mean": mean,
             "deviation": deviation,
             **dict.fromkeys(_DIFFERENCE_KEYS),
         }
-        if row == question.baseline:
+        if row == baseline:
             numbers["verdict"] = "baseline"
         elif row in differences:
             found = differences[row]
@@ -252,15 +252,15 @@ def _compare(
             }
             if has_verdicts:
                 low = prefers_low(measure)
-                judged = verdict(found, p_adjusted=adjusted[row], lower_is_better=low, margin=margin)
-                numbers |= {"p_holm": adjusted[row], "verdict": judged}
+                judged = verdict(found, p_adjusted=adjusted.get(row, 1.0), lower_is_better=low, margin=margin)
+                numbers |= {"p_holm": adjusted.get(row), "verdict": judged}
         rows.append(numbers)
     notes = []
     if differences and has_verdicts:
-        notes += about_verdicts(question.baseline, measure=measure, margin=margin, num_tests=num_tests)
+        notes += about_verdicts(baseline, measure=measure, margin=margin, num_tests=num_tests)
     elif differences:
-        notes.append(about_differences(question.baseline))
-    return rows, notes + reservations(of_data, question.baseline, differences)
+        notes.append(about_differences(baseline))
+    return rows, notes + reservations(of_data, baseline, differences)
 
 
 def _differences(

@@ -143,12 +143,12 @@ def _score(
     # The run's folder belongs to one digest of everything that decides its predictions.
     with evaluation.locked():
         evaluation.open({}, sets={questions.name: {} for questions in data.sets}, command="moa compare")
-        for questions in data.sets:
-            settings = replace(data.settings, scorings=data.scorings(questions))
-            scores = score_sets(
-                loaded.model, loaded.tokenizer, [questions], settings, folder=evaluation, console=console
+        for scorings in dict.fromkeys(data.scorings(questions) for questions in data.sets):
+            alike = [questions for questions in data.sets if data.scorings(questions) == scorings]
+            settings = replace(data.settings, scorings=scorings)
+            console.print(
+                score_sets(loaded.model, loaded.tokenizer, alike, settings, folder=evaluation, console=console)
             )
-            console.print(scores)
         evaluation.write(complete=True)
     results, arguments = trained["results"], trained["training_arguments"]
     rows = arguments["per_device_train_batch_size"] * arguments["gradient_accumulation_steps"]

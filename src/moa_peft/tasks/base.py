@@ -141,7 +141,7 @@ def select_tasks(words: Sequence[str]) -> list[Task]:
     Raises:
         UserError: a word stands for nothing, or there is none.
     """
-    known = f"Suites: {', '.join(SUITES)}, code. Tasks: {', '.join(TASKS)}, humaneval, mbpp."
+    known = f"Suites: {', '.join(SUITES)}. Tasks: {', '.join(TASKS)}."
     if not words:
         raise UserError(f"tasks: none is given; name at least one task or suite. {known}")
     names: dict[str, None] = {}
