@@ -216,7 +216,8 @@ def trained(content: dict[str, Any]) -> str:
         f"{settings['per_device_train_batch_size']} rows, one seed, {settings['dtype']} base. Mean training loss of "
         f"the first and the last {window} steps, and validation loss over {settings['data.validation_size']} rows. "
         "Every adapter was saved, loaded by another process, and generated. The runs show that the methods work; they "
-        f"compare nothing. `{content['command']}`, [{RUNS.name}](results/methods/{RUNS.name}).\n\n"
+        "compare nothing. They were made with the long rows first (`group_by_length`, which the recipes had then), so "
+        f"part of the fall is the order. `{content['command']}`, [{RUNS.name}](results/methods/{RUNS.name}).\n\n"
     )
     runs = {run["method"]: run for run in content["runs"]}
     body = []

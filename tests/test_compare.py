@@ -204,6 +204,7 @@ def test_a_run_that_fails_is_named_and_the_others_are_kept(
             {"data": {"sums": smoke()["data"]["sums"] | {"recipe": {"learning_rate": 1}}}},
             "data.sums.recipe.learning_r",
         ),
+        ({"search": {**smoke()["search"], "recipe": {"seed": 1}}}, "search.recipe.seed cannot be set"),
     ],
 )
 def test_studies_are_checked(changes: dict[str, Any], part: str) -> None:
@@ -345,7 +346,8 @@ def test_rows_are_checked_before_anything_runs(tmp_path: Path, row: dict[str, An
 
 
 def test_a_data_set_has_keys_of_a_recipe_of_its_own(tmp_path: Path) -> None:
-    content = smoke(search=None)
+    content = smoke()
+    content["search"]["recipe"] = {"train_sampling_strategy": "group_by_length"}
     other = content["data"]["sums"] | {
         "recipe": {"train_sampling_strategy": "sequential", "data": {"max_length": 200}}
     }
@@ -353,9 +355,12 @@ def test_a_data_set_has_keys_of_a_recipe_of_its_own(tmp_path: Path) -> None:
     content["rows"]["lora"]["recipe"] = {"weight_decay": 0.5}
     work = Study(parse_study(content), roots=[SMOKE.parent], output=tmp_path / "out")
     jobs = [Job(kind="run", row="lora", data=data, seed=0, learning_rate=1e-3) for data in ("sums", "other")]
-    first, second = (
+    jobs.append(Job(kind="search", row="lora", data="sums", seed=0, learning_rate=1e-3))
+    first, second, tried = (
         job_recipe(work.spec, job, data=work.data[job.data], output_dir=str(tmp_path / "run")) for job in jobs
     )
+    assert tried.trainer["train_sampling_strategy"] == "group_by_length" and tried.trainer["max_steps"] == 2
+    assert tried.trainer["weight_decay"] == 0.5
     assert first.trainer["weight_decay"] == second.trainer["weight_decay"] == 0.5
     assert second.trainer["train_sampling_strategy"] == "sequential"
     assert "train_sampling_strategy" not in first.trainer

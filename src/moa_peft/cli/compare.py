@@ -53,9 +53,9 @@ def compare(
     **Study file**: name, question; recipe: keys of a recipe that all runs share; data: per data set train, test,
     tasks, scorings (nll, generate, loglikelihood), transfer, generate_tasks, train_rows, test_rows, max_new_tokens,
     batch_size, rows, seeds, recipe; rows: per row method, moa, recipe, matched_to, learning_rate_of, seeds, note;
-    seeds; search: data, learning_rate, max_steps, seed; baseline; primary (nll, accuracy_strict, accuracy_flexible,
-    accuracy); comparisons: a list of question, rows, baseline, each with a table and corrected p values of its own;
-    margin; parameter_tolerance.
+    seeds; search: data, learning_rate, max_steps, seed, recipe; baseline; primary (nll, accuracy_strict,
+    accuracy_flexible, accuracy); comparisons: a list of question, rows, baseline, each with a table and corrected p
+    values of its own; margin; parameter_tolerance.
 
     **Result**: table.md and .tex, details.md, table.csv, results.json; differences.png and accuracy.png, both as .svg
     too; records/ and search/ with one small file per run, which are all that is needed to go on or to print the

@@ -189,7 +189,7 @@ def job_recipe(spec: StudySpec, job: Job, *, data: StudyData, output_dir: str) -
         UserError: naming the row, where the recipe is wrong.
     """
     row = spec.rows[job.row]
-    content = spec.recipe_on(job.data, job.row)
+    content = spec.recipe_on(job.data, job.row, is_search=job.kind == "search")
     content |= {"method": row.method, "moa": dict(row.moa), "seed": job.seed, "output_dir": output_dir}
     if job.learning_rate is not None:
         content["learning_rate"] = job.learning_rate

@@ -92,12 +92,14 @@ class SearchSpec:
         learning_rate: the values tried.
         max_steps: steps of a try.
         seed: the seed of all tries.
+        recipe: further keys of a recipe for all tries.
     """
 
     data: str
     learning_rate: tuple[float, ...]
     max_steps: int
     seed: int = 0
+    recipe: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -145,9 +147,11 @@ class StudySpec:
         chosen = self.data[data].rows
         return [name for name in self.rows if chosen is None or name in chosen]
 
-    def recipe_on(self, data: str, row: str | None = None) -> dict[str, Any]:
-        """Keys of a recipe: the study's, over them the data set's, over them the row's."""
+    def recipe_on(self, data: str, row: str | None = None, *, is_search: bool = False) -> dict[str, Any]:
+        """Keys of a recipe: the study's, over them the data set's, those of the search, and the row's."""
         recipe = _merged(self.recipe, self.data[data].recipe)
+        if is_search and self.search is not None:
+            recipe = _merged(recipe, self.search.recipe)
         return recipe if row is None else _merged(recipe, self.rows[row].recipe)
 
     def seeds_of(self, row: str, data: str) -> tuple[int, ...]:

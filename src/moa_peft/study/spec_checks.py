@@ -137,6 +137,7 @@ def _check_data(spec: StudySpec) -> None:
 def _recipes(spec: StudySpec) -> dict[str, Mapping[str, Any]]:
     return {
         "recipe": spec.recipe,
+        **({} if spec.search is None else {"search.recipe": spec.search.recipe}),
         **{f"data.{name}.recipe": data.recipe for name, data in spec.data.items()},
         **{f"rows.{name}.recipe": row.recipe for name, row in spec.rows.items()},
     }
