@@ -67,8 +67,8 @@ TRIED = """## What was tried
 
 Rows without a file were measured once by hand while the change was made, on a machine that others used too.
 
-**Decoding.** Of the 14 % in batch 1, operations are 5 (profiler, sum over operations); the rest is Python: hooks on seven linear layers,
-the norm and the MLP, and about 25 small operations per block. A packed matrix per block cannot remove the hooks, which are what
+**Decoding.** By a profile that was looked at and not kept, about a third of what batch 1 costs are operations; the rest is Python:
+hooks on seven linear layers, the norm and the MLP, and about 25 small operations per block. A packed matrix per block cannot remove the hooks, which are what
 leaves the model's own modules untouched; compiling the decoding step does.
 
 Not run: a GPU (`--device cuda` is written and was only read).
