@@ -134,7 +134,8 @@ def test_extraction_stays_fast_on_degenerate_text():
         "$" * 50000,
         "answer: 1 * " * 5000,
     ):
-        extract_number(text, mode="flexible")
+        found = extract_number(text, mode="flexible")
+        assert found is None or isinstance(found, float)
 
 
 def test_unknown_mode():

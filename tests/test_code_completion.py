@@ -1,7 +1,5 @@
 """From answers as models write them to programs: each becomes a module that defines the right function."""
 
-import time
-
 import pytest
 
 from moa_peft.code_evaluation import CodeProblem, solution_code
@@ -200,14 +198,11 @@ def test_a_problem_without_a_known_function_takes_the_first_block_with_one():
 
 
 def test_long_rows_of_brackets_take_a_moment():
-    # Once every pair doubled the time: thirty of them took minutes.
+    # Once every pair doubled the time: this test would not end.
     brackets = "a" + "[0]" * 5_000 + "\n"
-    began_s = time.process_time()
     for line in (brackets, "a" + "[" * 5_000 + "\n", "a, " * 5_000 + "\n", "a[b[c[d]]] " * 500 + "\n"):
         program = solution_code(HUMANEVAL, f"def tripled_sum(values, start=0):\n{BODY}{line}")
         assert "def tripled_sum" in program
-    # Hundredths of a second; the bound only tells them from years.
-    assert time.process_time() - began_s < 20
 
 
 @pytest.mark.parametrize(

@@ -118,20 +118,7 @@ def evaluate(
     if not (words or harness_tasks or (data and not tasks)):
         raise UserError("eval: nothing to score. Give --tasks with --data, files with --data, or --harness.")
     has_sets = bool(names or (data and not tasks))
-    _refuse_idle(
-        [
-            ("--samples", samples != 1, bool(code_names), "humaneval and mbpp"),
-            ("--temperature", temperature is not None, bool(code_names), "humaneval and mbpp"),
-            ("--pass-at", pass_at != "1", bool(code_names), "humaneval and mbpp"),
-            ("--execute-code", execute_code, bool(code_names), "humaneval and mbpp"),
-            ("--num-fewshot", num_fewshot is not None, bool(harness_tasks), "--harness"),
-            ("--include-path", include_path is not None, bool(harness_tasks), "--harness"),
-            ("--max-new-tokens", max_new_tokens is not None, bool(has_sets or code_names), "question sets and code"),
-            ("--scoring", scoring != "generate", has_sets, "question sets"),
-            ("--train", train is not None, has_sets, "question sets"),
-            ("--legacy", legacy, has_sets and "generate" in split_words(scoring), "generated answers"),
-        ]
-    )
+    _refuse_idle(context, has_sets=has_sets, has_code=bool(code_names), has_harness=bool(harness_tasks))
     trained = _trained_template(model)
     settings = ScoringSettings(
         scorings=tuple(split_words(scoring)),
@@ -301,8 +288,19 @@ def _score_harness(
     Console().print(harness_table(result))
 
 
-def _refuse_idle(options: list[tuple[str, bool, bool, str]]) -> None:
-    """Refuse options that are given and would do nothing: name, given, needed, what they are for."""
-    for name, given, needed, purpose in options:
-        if given and not needed:
-            raise UserError(f"{name} is for {purpose}, and none is asked for. Leave it out, or ask for them.")
+def _refuse_idle(context: typer.Context, *, has_sets: bool, has_code: bool, has_harness: bool) -> None:
+    """Refuse options that are given and would do nothing."""
+    generates = has_sets and "generate" in split_words(context.params["scoring"])
+    needed = {
+        ("samples", "temperature", "pass_at", "execute_code"): (has_code, "humaneval and mbpp"),
+        ("num_fewshot", "include_path"): (has_harness, "--harness"),
+        ("scoring", "train"): (has_sets, "question sets"),
+        ("max_new_tokens",): (has_sets or has_code, "question sets and code"),
+        ("legacy",): (generates, "generated answers"),
+    }
+    for names, (is_needed, purpose) in needed.items():
+        for name in names:
+            source = context.get_parameter_source(name)
+            if not is_needed and source is not None and source.name != "DEFAULT":
+                option = f"--{name.replace('_', '-')}"
+                raise UserError(f"{option} is for {purpose}, and none is asked for. Leave it out, or ask for them.")
