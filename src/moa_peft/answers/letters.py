@@ -73,6 +73,8 @@ def _pattern(choices: tuple[str, ...], stated: bool) -> re.Pattern[str]:
         rf"(?<![A-Za-z0-9)])(?<!\bP )[(\[]\s*(?P<enclosed>{any_case})\s*[)\]]",
         rf"\b(?i:option|choice|letter|answer)\s+{opened}(?P<named>{upper}){whole}",
         rf"\b(?i:option|choice)\s+(?P<small_named>{any_case})(?=[.,:)]|\s+is\b|$)",
+        # A text of one letter.
+        rf"\A[\s(\[<*_`\"'$]{{0,9}}(?P<whole>{any_case})[\s)\]>*_`\"'$.!]{{0,9}}\Z",
         rf"^[>#]{{0,6}}{marks}(?:A:[ \t]{{0,9}})?[*_`\"'$]{{0,4}}(?P<line>{upper})[.!)]{{0,3}}{marks}$",
         rf"^[ \t*_]*(?P<item>{upper})\)(?=\s|$)",
         rf"^[ \t*_]*(?P<reasoned>{upper})[*_]*,?[ \t]+(?:because|since)\b",

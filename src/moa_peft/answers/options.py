@@ -51,15 +51,18 @@ def _read(text: str, *, choices: Sequence[str], flexible: bool) -> str | None:
         if stated is not None:
             return stated
     text = without_format_lines(text)
-    mentions = counted(_mentions(text, choices), text, choices=choices)
+    named = _mentions(text, choices)
+    mentions = counted(named, text, choices=choices)
     judged = judged_right(mentions, text)
     if judged is not None or not flexible:
         return judged
-    return mentions[-1].choice if mentions else _yes_or_no(text, choices)
+    if mentions:
+        return mentions[-1].choice
+    return _yes_or_no(text, choices) if named else _short(text, choices)
 
 
 def _short(part: str, choices: Sequence[str]) -> str | None:
-    """The label of a statement that is only a number, where labels have numbers, or begins with "yes" or "no"."""
+    """The label of a text that is only a number, where labels have numbers, or begins with "yes" or "no"."""
     number = _ONLY_NUMBER.fullmatch(part)
     if number is None:
         return _yes_or_no(part, choices)

@@ -14,7 +14,11 @@ _CHARACTERS = str.maketrans(
 )
 _NARROW_SPACE = re.compile(r"(?<=[0-9])[\u00a0\u202f\u2009](?=[0-9]{3}(?![0-9]))")
 _BLANK_GROUPS = re.compile(r"(?<![0-9.,/])[1-9][0-9]{0,2}(?: [0-9]{3}){1,6}(?![0-9/])")
-_SUPERSCRIPT = re.compile("(?<=[0-9)])[\u00b2\u00b3]")
+_SUPERSCRIPTS = str.maketrans("\u2070\u00b9\u00b2\u00b3\u2074\u2075\u2076\u2077\u2078\u2079\u207b", "0123456789-")
+_SUPERSCRIPT = re.compile("(?<=[0-9)])\u207b?[\u2070\u00b9\u00b2\u00b3\u2074-\u2079]{1,3}")
+# "1.234.567" has two separators, so they are not decimal points; the comma of "0,75" cannot separate thousands.
+_DOTTED_GROUPS = re.compile(r"(?<![0-9.,])[1-9][0-9]{0,2}(?:\.[0-9]{3}){2,6}(?![0-9]|\.[0-9])")
+_DECIMAL_COMMA = re.compile(r"(?<![0-9.,])0,(?=[0-9]{1,6}(?![0-9,]))")
 _VULGAR_FRACTION = re.compile("[\u00bc-\u00be\u2150-\u215e]")
 _ABBREVIATION = re.compile(r"\b(?:Rs|No|approx|ca|about)\.\s*", re.IGNORECASE)
 _REWRITTEN = (
@@ -40,7 +44,9 @@ def plain_numbers(text: str) -> str:
     text = _VULGAR_FRACTION.sub(
         lambda match: " " + unicodedata.normalize("NFKC", match[0]).replace("\u2044", "/"), text
     )
-    text = _SUPERSCRIPT.sub(lambda match: "^2" if match[0] == "\u00b2" else "^3", text)
+    text = _SUPERSCRIPT.sub(lambda match: "^" + match[0].translate(_SUPERSCRIPTS), text)
+    text = _DOTTED_GROUPS.sub(lambda match: match[0].replace(".", ""), text)
+    text = _DECIMAL_COMMA.sub("0.", text)
     text = _ABBREVIATION.sub(" ", plain_latex(text))
     for pattern, plain in _REWRITTEN:
         text = pattern.sub(plain, text)

@@ -19,7 +19,7 @@ _VERB = (
     r"(?:is|was|(?:should|would|must|will|has\s+to)\s{1,8}be|equals)\b"
 )
 _MARK = (
-    r"(?:\s{0,8}\([^()\n]{1,30}\))?[*_`]{0,3}\s{0,8}(?:choice|letter)?[*_`]{0,3}"
+    r"(?:\s{0,8}\([^()\n]{1,30}\))?[*_`\"']{0,3}\s{0,8}(?:choice|letter)?[*_`]{0,3}"
     r"(?:\s{0,8}[:=]|\s{1,8}[-\u2013\u2014]\s)"
 )
 _HEADING = r"(?<![^\n])[#*_ ]{0,8}(?:final\s+)?answer[*_ ]*\n"

@@ -24,24 +24,39 @@ _AND = r"(?:(?<=hundred)|(?<=thousand)|(?<=million)) and "
 _NUMBER = re.compile(
     rf"\b(?P<sign>(?:negative|minus) )?(?P<words>(?:a )?{_WORD}(?:(?:[ -]|{_AND}){_WORD})*)", re.IGNORECASE
 )
-# "two thirds" and "one and a half" are other numbers, "one of them" and "two-step" are none.
-_OTHER = re.compile(
-    r"-[a-z]| (?:half|halves|thirds?|quarters?|(?:four|fif|six|seven|eigh|nin|ten)ths?|and a (?:half|third|quarter))\b"
-    r"|(?<=\bone)\s+(?:of|or|who|which|that)\b",
-    re.IGNORECASE,
+# fmt: off
+_DENOMINATORS = {
+    "half": 2, "halve": 2, "third": 3, "quarter": 4, "fourth": 4, "fifth": 5, "sixth": 6, "seventh": 7, "eighth": 8,
+    "ninth": 9, "tenth": 10,
+}
+# fmt: on
+# "two thirds", "three-quarters", "one and a half"
+_FRACTION = re.compile(
+    rf"(?P<added> and an?)?[ -](?P<part>{'|'.join(_DENOMINATORS)})s?\b(?P<of> of\b)?", re.IGNORECASE
 )
+# "two-step" and "one of them" are no numbers.
+_OTHER = re.compile(r"-[a-z]|(?<=\bone)\s+(?:of|or|who|which|that)\b", re.IGNORECASE)
 
 
 def first_number_in_words(text: str) -> tuple[float, re.Match[str]] | None:
     """The first number that a text has in words, and where it stands.
 
     Returns:
-        Its value and its place; None where there is none, or where it is a part of a fraction or a mere "one".
+        Its value and its place; None where there is none, or a share of something else ("two thirds of 12"), or a
+        mere "one".
     """
     match = _NUMBER.search(text)
-    if match is None or _OTHER.match(text, match.end()) or (match[0].lower() == "one" and match.start() > 0):
+    if match is None:
         return None
     value = _value(re.findall(_WORD, match["words"].lower()))
+    fraction = _FRACTION.match(text, match.end())
+    if fraction is not None:
+        if fraction["of"]:
+            return None
+        denominator = _DENOMINATORS[fraction["part"].lower()]
+        value = value + 1 / denominator if fraction["added"] else value / denominator
+    elif _OTHER.match(text, match.end()) or (match[0].lower() == "one" and match.start() > 0):
+        return None
     return (-value if match["sign"] else value), match
 
 
