@@ -130,3 +130,28 @@ def test_harness_tasks_on_the_same_adapter(files: Path, tmp_path: Path, capsys: 
     EvaluationFolder(out).check(overwrite=True)
     assert main(["eval", str(files / "adapter"), "--harness", "tiny_chioce", "--include-path", place]) == 2
     assert "tiny_choice" in capsys.readouterr().err
+
+
+@needs_sandbox
+def test_what_cannot_be_scored_is_found_before_anything_is(
+    files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def not_yet(*args: Any, **options: Any) -> None:
+        pytest.fail("work began")
+
+    (tmp_path / "MultiArith").mkdir()
+    row = {"instruction": "1 + 2?", "input": "", "output": "", "answer": "3"}
+    (tmp_path / "MultiArith" / "test.json").write_text(json.dumps([row]))
+    (tmp_path / "HumanEval.jsonl").write_text((files / "HumanEval.jsonl").read_text())
+    with (tmp_path / "HumanEval.jsonl").open("a") as file:
+        long = json.loads((files / "HumanEval.jsonl").read_text().splitlines()[0])
+        file.write(json.dumps(long | {"task_id": "HumanEval/9", "prompt": long["prompt"] + "# x\n" * 600}) + "\n")
+    words = ["eval", str(files / "adapter"), "--data", str(tmp_path), "--tasks", "MultiArith,humaneval"]
+    monkeypatch.setattr("moa_peft.evaluation.run.score_sets", not_yet)
+    assert main([*words, "--execute-code"]) == 2
+    assert "HumanEval/9" in capsys.readouterr().err
+    place = write_tasks(tmp_path, CHOICE)
+    (tmp_path / "questions.json").unlink()
+    monkeypatch.setattr("moa_peft.adapter_loading.load_adapter", not_yet)
+    assert main([*words, "--execute-code", "--harness", "tiny_choice", "--include-path", place]) == 2
+    assert "tiny_choice could not be loaded" in capsys.readouterr().err

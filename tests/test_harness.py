@@ -20,7 +20,7 @@ from moa_peft import MoAConfig
 from moa_peft.cli import main
 from moa_peft.errors import UserError
 from moa_peft.generation import generate_texts
-from moa_peft.harness import _built_in_manager, check_harness_tasks, run_harness
+from moa_peft.harness import _built_in_manager, check_harness_tasks, load_harness_tasks, run_harness
 from moa_peft.harness_results import HarnessResult, HarnessScore
 from tests.matrix import randomise_adapter
 from tests.tiny import save_tiny, tiny_model, tiny_tokenizer
@@ -88,6 +88,10 @@ def built_in(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     _built_in_manager.cache_clear()
 
 
+def run(model: Any, tokenizer: Any, tasks: list[str], *, include_path: str, **options: Any) -> HarnessResult:
+    return run_harness(model, tokenizer, load_harness_tasks(tasks, include_path=include_path), **options)
+
+
 def adapted(**knobs: Any) -> Any:
     model = get_peft_model(tiny_model(), MoAConfig.soft(rank=2, task_type="CAUSAL_LM", **knobs))
     randomise_adapter(model)
@@ -125,14 +129,14 @@ def assert_close(found: list[tuple[float, bool]], expected: list[tuple[float, bo
 @pytest.mark.parametrize("batch_size", [1, 4])
 def test_likelihoods_are_those_of_a_forward(folder: str, batch_size: int) -> None:
     model = adapted()
-    found = run_harness(model, TOKENIZER, ["tiny_choice"], include_path=folder, batch_size=batch_size)
+    found = run(model, TOKENIZER, ["tiny_choice"], include_path=folder, batch_size=batch_size)
     expected = expected_likelihoods(model)
     assert_close(likelihoods(found), expected)
     best = [max(range(3), key=lambda option: expected[3 * row + option][0]) for row in range(len(QUESTIONS))]
     accuracy = sum(option == row["gold"] for option, row in zip(best, QUESTIONS)) / len(QUESTIONS)
     assert found.scores["tiny_choice"]["acc,none"].value == pytest.approx(accuracy)
     with model.disable_adapter():
-        base = run_harness(model, TOKENIZER, ["tiny_choice"], include_path=folder, batch_size=batch_size)
+        base = run(model, TOKENIZER, ["tiny_choice"], include_path=folder, batch_size=batch_size)
         assert_close(likelihoods(base), expected_likelihoods(model))
     assert not torch.allclose(torch.tensor(likelihoods(base)), torch.tensor(likelihoods(found)), atol=0.1)
 
@@ -140,7 +144,7 @@ def test_likelihoods_are_those_of_a_forward(folder: str, batch_size: int) -> Non
 @pytest.mark.parametrize("batch_size", [1, 4])
 def test_an_adapter_that_routes_by_the_prompt_is_told_the_prompt(folder: str, batch_size: int) -> None:
     model = adapted(granularity="sequence")
-    result = run_harness(model, TOKENIZER, ["tiny_choice"], include_path=folder, batch_size=batch_size)
+    result = run(model, TOKENIZER, ["tiny_choice"], include_path=folder, batch_size=batch_size)
     expected, unaware = [], []
     for row in QUESTIONS:
         for option in row["options"]:
@@ -154,7 +158,7 @@ def test_an_adapter_that_routes_by_the_prompt_is_told_the_prompt(folder: str, ba
 
 def test_half_precision_is_summed_in_full(folder: str) -> None:
     model = adapted().to(torch.bfloat16)
-    found = run_harness(model, TOKENIZER, ["tiny_choice"], include_path=folder, batch_size=1)
+    found = run(model, TOKENIZER, ["tiny_choice"], include_path=folder, batch_size=1)
     assert_close(likelihoods(found), expected_likelihoods(model))
 
 
@@ -164,7 +168,7 @@ def test_the_likelihood_of_a_whole_text_follows_the_begin_token(tmp_path: Path) 
     metrics = {"metric_list": [{"metric": "bits_per_byte", "aggregation": "bits_per_byte", "higher_is_better": False}]}
     include = write_tasks(tmp_path, {**rolling, "doc_to_target": "{{question}}", **metrics})
     model = adapted(granularity="sequence")
-    found = run_harness(model, TOKENIZER, ["tiny_text"], include_path=include, limit=3)
+    found = run(model, TOKENIZER, ["tiny_text"], include_path=include, limit=3)
     for sample, row in zip(found.samples["tiny_text"], QUESTIONS):
         mask = torch.tensor([[1] + [0] * (len(row["question"]) - 1)])
         expected, _ = log_likelihood(model, "<s>", row["question"], prompt_mask=mask)
@@ -179,7 +183,7 @@ def test_a_text_too_long_for_the_model_keeps_its_end_and_its_prompt(tmp_path: Pa
         tiny_model(max_position_embeddings=14), MoAConfig.soft(granularity="sequence", task_type="CAUSAL_LM")
     )
     randomise_adapter(model)
-    found = run_harness(model.eval(), TOKENIZER, ["tiny_choice"], include_path=include)
+    found = run(model.eval(), TOKENIZER, ["tiny_choice"], include_path=include)
     prompt, answer = QUESTIONS[5]["question"], QUESTIONS[5]["options"][2]
     kept = prompt[-(14 - len(answer) + 1) :]
     assert 0 < len(kept) < len(prompt)
@@ -197,7 +201,7 @@ def test_texts_are_those_of_generation(tmp_path: Path, batch_size: int) -> None:
     include = write_tasks(tmp_path, WRITING | {"generation_kwargs": {"until": [mark], "max_gen_toks": 12}})
     hostile = GenerationConfig(do_sample=True, temperature=5.0, top_k=3, repetition_penalty=9.0, eos_token_id=2)
     model.generation_config = model.get_base_model().generation_config = hostile
-    found = run_harness(model, TOKENIZER, ["tiny_writing"], include_path=include, batch_size=batch_size)
+    found = run(model, TOKENIZER, ["tiny_writing"], include_path=include, batch_size=batch_size)
     assert texts(found) == [text.split(mark)[0] for text in free]
     assert len(set(texts(found))) > 1 and texts(found) != free
     assert model.generation_config is hostile and model.get_base_model().generation_config is hostile
@@ -205,10 +209,10 @@ def test_texts_are_those_of_generation(tmp_path: Path, batch_size: int) -> None:
 
 def test_texts_end_at_the_end_tokens_of_the_base(folder: str) -> None:
     model = adapted()
-    first = texts(run_harness(model, TOKENIZER, ["tiny_writing"], include_path=folder, batch_size=1))
+    first = texts(run(model, TOKENIZER, ["tiny_writing"], include_path=folder, batch_size=1))
     end = TOKENIZER(first[0])["input_ids"][2]
     model.generation_config.eos_token_id = [2, end]
-    ended = texts(run_harness(model, TOKENIZER, ["tiny_writing"], include_path=folder, batch_size=1))
+    ended = texts(run(model, TOKENIZER, ["tiny_writing"], include_path=folder, batch_size=1))
     assert ended[0] == first[0][: first[0].index(str(TOKENIZER.decode([end]))) + 1] != first[0]
 
 
@@ -221,7 +225,7 @@ def test_the_same_as_the_harness_by_itself(folder: str) -> None:
     plain_lm: Any = huggingface.HFLM
     model = adapted()
     tasks = ["tiny_choice", "tiny_writing", "tiny_fixed"]
-    found = run_harness(model, TOKENIZER, tasks, include_path=folder, num_fewshot=2, seed=7, limit=4)
+    found = run(model, TOKENIZER, tasks, include_path=folder, num_fewshot=2, seed=7, limit=4)
     with pytest.MonkeyPatch.context() as patch:
         # It describes the machine, with programs that take seconds.
         patch.setattr(evaluator, "add_env_info", lambda storage: None)
@@ -253,7 +257,7 @@ def test_the_same_as_the_harness_by_itself(folder: str) -> None:
 def test_results_are_ready_for_a_table_and_for_json(folder: str, capsys: pytest.CaptureFixture[str]) -> None:
     model = adapted().train()
     tasks = ["tiny_choice", "tiny_writing"]
-    result = run_harness(model, TOKENIZER, tasks, include_path=folder, limit=4)
+    result = run(model, TOKENIZER, tasks, include_path=folder, limit=4)
     assert capsys.readouterr().out == ""
     assert model.training
     assert result.n_samples == {task: {"original": 6, "effective": 4} for task in tasks}
@@ -268,7 +272,7 @@ def test_results_are_ready_for_a_table_and_for_json(folder: str, capsys: pytest.
     assert rows[0]["value"] == score["value"] and rows[0]["num_fewshot"] == 0 and rows[0]["version"] == 2.5
     endless = replace(result, scores={"task": {"ppl,none": HarnessScore(value=float("nan"), stderr=None)}})
     assert endless.to_dict()["scores"]["task"] == {"ppl,none": {"value": None, "stderr": None, "interval_95": None}}
-    share = run_harness(model, TOKENIZER, tasks[:1], include_path=folder, limit=0.5, log_samples=False)
+    share = run(model, TOKENIZER, tasks[:1], include_path=folder, limit=0.5, log_samples=False)
     assert share.n_samples["tiny_choice"]["effective"] == 3 and share.samples == {}
 
 
@@ -278,7 +282,7 @@ def test_what_the_harness_prints_goes_to_standard_error(
     median = [{"metric": "acc", "aggregation": "median", "higher_is_better": True}]
     include = write_tasks(tmp_path, CHOICE | {"metric_list": median})
     monkeypatch.setenv("DISABLE_MULTIPROC", "1")
-    run_harness(adapted(), TOKENIZER, ["tiny_choice"], include_path=include, limit=3)
+    run(adapted(), TOKENIZER, ["tiny_choice"], include_path=include, limit=3)
     captured = capsys.readouterr()
     assert captured.out == "" and "bootstrapping" in captured.err
 
@@ -286,17 +290,17 @@ def test_what_the_harness_prints_goes_to_standard_error(
 def test_the_tokenizer_of_the_caller_is_left_alone(folder: str) -> None:
     tokenizer = tiny_tokenizer()
     tokenizer.pad_token = None
-    run_harness(adapted(), tokenizer, ["tiny_writing"], include_path=folder, limit=2)
+    run(adapted(), tokenizer, ["tiny_writing"], include_path=folder, limit=2)
     assert tokenizer.pad_token is None and tokenizer.padding_side == "right"
 
 
 def test_chat_prompts(folder: str) -> None:
-    found = run_harness(adapted(), TOKENIZER, ["tiny_writing"], include_path=folder, apply_chat_template=True, limit=1)
+    found = run(adapted(), TOKENIZER, ["tiny_writing"], include_path=folder, apply_chat_template=True, limit=1)
     assert found.samples["tiny_writing"][0]["arguments"][0][0] == "<user>1+2=<assistant>"
     bare = tiny_tokenizer()
     bare.chat_template = None
     with pytest.raises(UserError, match="chat"):
-        run_harness(adapted(), bare, ["tiny_writing"], include_path=folder, apply_chat_template=True)
+        run(adapted(), bare, ["tiny_writing"], include_path=folder, apply_chat_template=True)
 
 
 def test_groups_and_their_members(tmp_path: Path, built_in: Path) -> None:
@@ -308,7 +312,7 @@ def test_groups_and_their_members(tmp_path: Path, built_in: Path) -> None:
         "metadata": {"version": 3},
     }
     (Path(include) / "group.yaml").write_text(yaml.safe_dump(group), encoding="utf-8")
-    scores = run_harness(adapted(), TOKENIZER, ["tiny_both"], include_path=include).scores
+    scores = run(adapted(), TOKENIZER, ["tiny_both"], include_path=include).scores
     members = [scores[name]["acc,none"].value for name in group["task"]]
     assert scores["tiny_both"]["acc,none"].value == pytest.approx(sum(members) / 2)
 
@@ -319,7 +323,7 @@ def test_unknown_tasks_are_refused_with_those_of_similar_names(folder: str, buil
     with pytest.raises(UserError, match=r"no task 'arc_esy'.*Did you mean arc_easy"):
         check_harness_tasks(["arc_easy", "arc_esy"])
     with pytest.raises(UserError, match=r"no task 'tiny_chioce'.*Did you mean tiny_choice"):
-        run_harness(None, TOKENIZER, ["tiny_chioce"], include_path=folder)
+        run(None, TOKENIZER, ["tiny_chioce"], include_path=folder)
     with pytest.raises(UserError, match=r"no task 'zzzz'. `lm_eval ls tasks` lists them"):
         check_harness_tasks(["zzzz"])
 
@@ -338,7 +342,7 @@ def test_unknown_tasks_are_refused_with_those_of_similar_names(folder: str, buil
 )
 def test_wrong_settings_are_refused(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
-        run_harness(None, TOKENIZER, **{"tasks": ["tiny_choice"], **settings})
+        check_harness_tasks(**{"tasks": ["tiny_choice"], **settings})
 
 
 def test_the_package_is_named_where_it_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -357,7 +361,7 @@ def test_data_that_cannot_be_loaded(folder: str, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(datasets, "load_dataset", unreachable)
     monkeypatch.setattr("moa_peft.harness.is_offline_mode", lambda: offline)
     with pytest.raises(UserError, match=r"tiny_choice could not be loaded.*someone/something") as caught:
-        run_harness(None, TOKENIZER, ["tiny_choice"], include_path=folder)
+        load_harness_tasks(["tiny_choice"], include_path=folder)
     assert advice in str(caught.value)
 
 
@@ -375,7 +379,7 @@ def test_tasks_that_cannot_run_here(
     model = adapted()
     monkeypatch.setattr(type(model), "forward", lambda *args, **kwargs: pytest.fail("the model was run"))
     with pytest.raises(UserError, match=message):
-        run_harness(model, TOKENIZER, ["tiny_choice", "tiny_writing"], include_path=include)
+        run(model, TOKENIZER, ["tiny_choice", "tiny_writing"], include_path=include)
 
 
 def test_the_command_of_the_harness_runs_through_exec(

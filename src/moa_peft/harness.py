@@ -60,12 +60,29 @@ def check_harness_tasks(
     _manager_of(tasks, include_path=include_path)
 
 
+def load_harness_tasks(tasks: Sequence[str], *, include_path: str | None = None, seed: int = 0) -> Any:
+    """Load tasks with their data, which needs no model: what fails here fails before one is loaded.
+
+    Args:
+        tasks: names of tasks, groups or tags of the harness.
+        include_path: folder with further definitions (YAML), which come before those of the same name.
+        seed: of tasks that choose their questions at random.
+
+    Raises:
+        UserError: see `check_harness_tasks`; the data of a task cannot be loaded.
+    """
+    manager = _manager_of(tasks, include_path=include_path)
+    set_seed(seed)
+    # The harness prints here and there; standard output belongs to the caller's results.
+    with redirect_stdout(sys.stderr):
+        return _load(manager, tasks)
+
+
 def run_harness(
     model: Any,
     tokenizer: PreTrainedTokenizerBase,
-    tasks: Sequence[str],
+    loaded: Any,
     *,
-    include_path: str | None = None,
     limit: int | float | None = None,
     num_fewshot: int | None = None,
     batch_size: int = 8,
@@ -78,8 +95,7 @@ def run_harness(
     Args:
         model: a causal language model, with or without adapters.
         tokenizer: its tokenizer.
-        tasks: names of tasks, groups or tags of the harness.
-        include_path: folder with further definitions (YAML), which come before those of the same name.
+        loaded: what `load_harness_tasks` returned; it is good for one run.
         limit: only the first questions of every task: their number, or below 1 their share.
         num_fewshot: worked examples in every prompt; default: what each task says. Tasks that fix it to 0 keep 0.
         batch_size: prompts at a time.
@@ -88,16 +104,12 @@ def run_harness(
         log_samples: keep every prompt and answer in `HarnessResult.samples`.
 
     Raises:
-        UserError: see `check_harness_tasks`; a setting is out of its range; the data of a task cannot be loaded; a
-            task cannot be run here. All of it before the first forward.
+        UserError: a setting is out of its range, or a task cannot be run here. All of it before the first forward.
     """
     _check_settings(limit=limit, num_fewshot=num_fewshot, batch_size=batch_size)
-    manager = _manager_of(tasks, include_path=include_path)
     end_ids = end_token_ids(tokenizer, template="chat") if apply_chat_template else ()
     set_seed(seed)
-    # The harness prints here and there; standard output belongs to the caller's results.
     with redirect_stdout(sys.stderr):
-        loaded = _load(manager, tasks)
         was_training = model.training
         try:
             lm = _language_model(model, tokenizer, batch_size=batch_size)

@@ -104,7 +104,7 @@ def evaluate(
     from moa_peft.base_models import Dtype, Quantization
     from moa_peft.cli.evaluate_code import plan_code, split_code_tasks
     from moa_peft.cli.score_tables import code_table
-    from moa_peft.code_evaluation.work import score_code_tasks
+    from moa_peft.code_evaluation.work import check_code_lengths, score_code_tasks
     from moa_peft.data import Template
     from moa_peft.evaluation.folder import EvaluationFolder
     from moa_peft.evaluation.run import ScoringSettings, check_libraries, check_sets
@@ -147,16 +147,13 @@ def evaluate(
         max_new_tokens=max_new_tokens,
         limit=limit,
     )
-    of_harness: dict[str, Any] = {
-        "include_path": include_path,
-        "num_fewshot": num_fewshot,
-        "limit": limit,
-        "batch_size": batch_size,
-    }
+    of_harness: dict[str, Any] = {"num_fewshot": num_fewshot, "limit": limit, "batch_size": batch_size}
+    loaded_tasks: Any = None
     if harness_tasks:
-        from moa_peft.harness import check_harness_tasks
+        from moa_peft.harness import check_harness_tasks, load_harness_tasks
 
-        check_harness_tasks(harness_tasks, **of_harness)
+        check_harness_tasks(harness_tasks, include_path=include_path, **of_harness)
+        loaded_tasks = load_harness_tasks(harness_tasks, include_path=include_path)
     console = Console(stderr=True)
     with nullcontext() if folder is None else folder.locked():
         how = {"dtype": dtype, "quantization": quantization, "trust_remote_code": trust_remote_code}
@@ -171,6 +168,8 @@ def evaluate(
             if folder is not None:
                 folder.write(complete=False)
 
+        if code is not None:
+            check_code_lengths(loaded.model, loaded.tokenizer, code)
         _score(loaded, sets, settings, folder=folder, title=model, console=console, save=save)
         if code is not None:
             scores = score_code_tasks(
@@ -185,7 +184,8 @@ def evaluate(
             Console().print(code_table(scores))
         if harness_tasks:
             of_harness["apply_chat_template"] = settings.template == "chat"
-            _score_harness(loaded, harness_tasks, folder=folder, console=console, **of_harness)
+            console.print(f"lm-evaluation-harness: {', '.join(harness_tasks)}", highlight=False, markup=False)
+            _score_harness(loaded, loaded_tasks, folder=folder, **of_harness)
         if folder is not None:
             folder.write(complete=True)
             console.print(f"Saved in {output}.", highlight=False, markup=False)
@@ -272,15 +272,12 @@ def _score(
         Console().print(table)
 
 
-def _score_harness(
-    loaded: LoadedAdapter, tasks: list[str], *, folder: EvaluationFolder | None, console: Any, **options: Any
-) -> None:
+def _score_harness(loaded: LoadedAdapter, tasks: Any, *, folder: EvaluationFolder | None, **options: Any) -> None:
     from rich.console import Console
 
     from moa_peft.cli.score_tables import harness_table
     from moa_peft.harness import run_harness
 
-    console.print(f"lm-evaluation-harness: {', '.join(tasks)}", highlight=False, markup=False)
     result = run_harness(loaded.model, loaded.tokenizer, tasks, **options)
     if folder is not None:
         folder.add_harness(result.to_dict())

@@ -14,7 +14,7 @@ from moa_peft.data import Template, end_token_ids, render_prompt
 from moa_peft.data.templates import encode_prompts
 from moa_peft.errors import UserError
 from moa_peft.evaluation.predictions import PredictionFile
-from moa_peft.generation import generate_texts
+from moa_peft.generation import check_prompts, generate_texts
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,12 +84,7 @@ def sample_completions(
         For each problem its answers.
     """
     template = settings.template
-    form = "continuation" if template is None else "instruction"
-    asked = [prompt_text(problem, form=form) for problem in problems]
-    if template is None:
-        prompts = encode_prompts(asked, tokenizer, template="alpaca")
-    else:
-        prompts = [render_prompt(text, tokenizer, template=template) for text in asked]
+    prompts = _prompts(problems, tokenizer, template=template)
     before: list[Completion] = [] if file is None else file.read()
     path = "" if file is None else str(file.path)
     for completion in before:
@@ -132,3 +127,22 @@ def sample_completions(
         [texts[number * settings.samples + sample] for sample in range(settings.samples)]
         for number in range(len(problems))
     ]
+
+
+def check_problem_lengths(
+    model: Any, tokenizer: PreTrainedTokenizerBase, problems: Sequence[CodeProblem], settings: SamplingSettings
+) -> None:
+    """Refuse problems that are too long for the model, before hours are spent on others; see `check_prompts`."""
+    prompts = _prompts(problems, tokenizer, template=settings.template)
+    names = [problem.task_id for problem in problems]
+    check_prompts(model, prompts, names=names, max_new_tokens=settings.max_new_tokens)
+
+
+def _prompts(
+    problems: Sequence[CodeProblem], tokenizer: PreTrainedTokenizerBase, *, template: Template | None
+) -> list[list[int]]:
+    form = "continuation" if template is None else "instruction"
+    asked = [prompt_text(problem, form=form) for problem in problems]
+    if template is None:
+        return encode_prompts(asked, tokenizer, template="alpaca")
+    return [render_prompt(text, tokenizer, template=template) for text in asked]

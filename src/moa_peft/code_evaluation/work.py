@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from moa_peft.code_evaluation.problems import CodeProblem
-from moa_peft.code_evaluation.sampling import SamplingSettings, sample_completions
+from moa_peft.code_evaluation.sampling import SamplingSettings, check_problem_lengths, sample_completions
 from moa_peft.code_evaluation.scoring import score_code
 
 if TYPE_CHECKING:
@@ -45,6 +45,16 @@ class CodeWork:
             }
             for task, problems in self.problems.items()
         }
+
+
+def check_code_lengths(model: Any, tokenizer: Any, work: CodeWork) -> None:
+    """Refuse problems of any task that are too long for the model, before the first is answered.
+
+    Raises:
+        UserError: one leaves the model no positions for a program of `max_new_tokens`.
+    """
+    for problems in work.problems.values():
+        check_problem_lengths(model, tokenizer, problems, work.settings)
 
 
 def score_code_tasks(
