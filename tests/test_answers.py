@@ -139,7 +139,7 @@ def test_extraction_stays_fast_on_degenerate_text():
 
 
 def test_unknown_mode():
-    with pytest.raises(UserError, match="mode is 'loose'; allowed are 'strict' and 'flexible'"):
+    with pytest.raises(UserError, match="mode is 'loose'; allowed are settled, strict, flexible"):
         extract_number("The answer is 4.", mode="loose")  # type: ignore[arg-type]
 
 

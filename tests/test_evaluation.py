@@ -14,15 +14,17 @@ from tokenizers import decoders
 
 from moa_peft import MoAConfig
 from moa_peft.answers import AnswerFormat
+from moa_peft.answers.statements import LONGEST_CORRECTION
 from moa_peft.cli import main
 from moa_peft.data import Example, load_examples
 from moa_peft.data.examples import Message
 from moa_peft.errors import UserError
 from moa_peft.evaluation import Score, answer_questions, cut_answer
-from moa_peft.evaluation.answering import predict
+from moa_peft.evaluation.answering import is_over, predict
 from moa_peft.evaluation.references import agreeing_rows, reference_answers
 from moa_peft.evaluation.selection import select_sets
 from moa_peft.intervals import mean_interval, paired_difference, share_interval, wilson_interval
+from tests.test_answer_formats import CASES
 from tests.tiny import save_tiny, tiny_model, tiny_tokenizer, write_sums
 
 TOKENIZER = tiny_tokenizer()
@@ -110,11 +112,23 @@ def test_a_text_is_cut_where_the_answer_is_over(text: str, kept: str) -> None:
         "### Step 1\n2 + 1 = 3\n### Answer:\n3 cats\n### Input:\n5\n### Response:\nThe answer is 9.",
         "Sure!\n\nQuestion: 2 + 1?\nAnswer: 3\n\nQuestion: 4 + 5?\nAnswer: 9",
         "The answer is 5. Wait, no: the answer is 7.\nNo, the answer is 8.\n### Instruction:\nAdd 4 and 5.",
+        "The answer is 5.\n\nWait, that is not right.\n3 * 4 = 12.\nThe answer is 12.\nTom has 3.",
+        "<think>\nThe answer is 4.\nNo.\n</think>\nThe answer is 5.\nMary has 7.",
+        "Answer: He sells 9 eggs a day.\nHe makes 9 * 2 = 18.\nThe answer is 18.\nMary has 7.",
     ],
 )
 def test_what_is_cut_off_once_stays_cut_off(text: str) -> None:
-    cuts = {cut_answer(text[:end], NUMBER) for end in range(len(text)) if cut_answer(text[:end], NUMBER) != text[:end]}
+    longer = text + " That is so, and the answer is 99."
+    cuts = {cut_answer(longer[:end], NUMBER) for end in range(len(longer)) if is_over(longer[:end], NUMBER)}
     assert cuts == {cut_answer(text, NUMBER)}
+
+
+def test_cutting_a_text_changes_no_answer() -> None:
+    for case in CASES:
+        format = AnswerFormat(kind=case["kind"], choices=tuple(case["choices"]))
+        reference = case["choices"][0] if case["choices"] else "1"
+        answers = predict(0, "q", reference, case["text"], format=format).answers
+        assert answers == {mode: case[mode] for mode in ("strict", "flexible")}, case["text"]
 
 
 def test_counts_follow_the_predictions() -> None:
@@ -177,7 +191,7 @@ def test_generation_ends_once_every_row_is_over() -> None:
         predict(index, example.question, number, texts[length], format=NUMBER)
         for index, (example, number, length) in enumerate(zip(examples, ("3", "12"), lengths, strict=True))
     ]
-    assert model.generated_tokens == len("So\n\nThe answer is 12.\n")
+    assert model.generated_tokens == len("So\n\nThe answer is 12.\n") + LONGEST_CORRECTION
     model.generated_tokens = 0
     predictions = answer_questions(model, TOKENIZER, examples, legacy=True, **options)
     assert model.generated_tokens == 60 and predictions[0].answers["legacy"] == "3"

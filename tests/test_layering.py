@@ -1,4 +1,4 @@
-"""The direction of imports: each level may import itself and those below it (docs/architecture.md)."""
+"""The direction of imports: each level may import itself and those below it (docs/design.md)."""
 
 import ast
 from pathlib import Path

@@ -64,7 +64,14 @@ class AnswerFormat:
             extract = legacy_letter if self.kind == "letter" else legacy_option
             return extract(text, choices=self.choices)
         extract = extract_letter if self.kind == "letter" else extract_option
-        return extract(text, choices=self.choices, flexible=mode == "flexible")
+        return extract(text, choices=self.choices, mode=mode)
+
+    def is_settled(self, text: str) -> bool:
+        """Whether a text states its answer so that nothing it says later is read instead, but for a correction."""
+        if self.kind == "number":
+            return extract_number(text, mode="settled") is not None
+        extract = extract_letter if self.kind == "letter" else extract_option
+        return extract(text, choices=self.choices, mode="settled") is not None
 
     def matches(self, answer: str | None, reference: str) -> bool:
         """Whether an extracted answer is the right one: numbers within 1e-3, letters and labels equal.

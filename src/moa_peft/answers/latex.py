@@ -28,7 +28,7 @@ _SIMPLE_FRACTION = re.compile(
 _TEXT = re.compile(r"\\(?:text|mathrm|mathbf|textbf|mathit|mbox|operatorname)\s*\{([^{}]*)\}")
 _SPACES = re.compile(r"\\[,;:!]|\\q?quad(?![A-Za-z])|\\ |~")
 _THOUSANDS = re.compile(r"(?<=[0-9])(?:\{,\}|\\[,!]|,\\!)(?=[0-9]{3})")
-_DEGREES = re.compile(r"\^\s*\{?\s*\\circ\s*\}?")
+_DEGREES = re.compile(r"\^\s*(?:\{\s*\\circ\s*\}|\\circ(?![A-Za-z]))")
 _DELIMITERS = re.compile(r"\\[()\[\]]|\$\$")
 HARD_LATEX = re.compile(r"\\(?:[dt]?frac|sqrt|pi)(?![A-Za-z])|[0-9)}]\s*\^")
 

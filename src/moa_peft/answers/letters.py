@@ -12,41 +12,52 @@ from collections.abc import Iterator, Sequence
 from functools import lru_cache, partial
 
 from moa_peft.answers.latex import plain_latex
-from moa_peft.answers.mentions import JUDGED_RIGHT, Mention, counted, judged_right
-from moa_peft.answers.statements import own_answer, stated_parts, without_format_lines
+from moa_peft.answers.mentions import JUDGED_RIGHT, Mention, chosen, counted, judged_right, leads, offers_several
+from moa_peft.answers.own_text import own_answer, without_format_lines
+from moa_peft.answers.statements import ExtractionMode, statements
 
 # "A because ..." is a letter, "A number ..." the article.
 _AFTER_LETTER = r"because|since|as|which|and|or|is|with|for|but|due|given|not"
 
 
-def extract_letter(text: str, *, choices: Sequence[str], flexible: bool) -> str | None:
+def extract_letter(text: str, *, choices: Sequence[str], mode: ExtractionMode) -> str | None:
     """Read the chosen letter out of a generated text.
 
     Args:
         text: what the model wrote.
         choices: the letters, in order.
-        flexible: whether the last letter that stands as an option counts where no statement holds one.
+        mode: `strict` reads a statement, `flexible` falls back on the letter that the text begins with and explains,
+            or on the last one that stands as an option. `settled`: see `extract_number`.
 
     Returns:
         The letter, or None: there is none, or the text denies it, lists several, or only repeats the choices.
     """
     read = partial(_read, choices=tuple(choices))
-    text = own_answer(text, holds_answer=lambda piece: read(piece, flexible=True) is not None)
-    return read(text, flexible=flexible)
+    text = own_answer(text, holds_answer=lambda piece: read(piece, mode="flexible") is not None)
+    return read(text, mode=mode)
 
 
-def _read(text: str, *, choices: tuple[str, ...], flexible: bool) -> str | None:
+def _read(text: str, *, choices: tuple[str, ...], mode: ExtractionMode) -> str | None:
     text = plain_latex(text)
-    for part in stated_parts(text):
-        mentions = counted(list(_mentions(part, choices, stated=True)), part, choices=choices)
+    reasoned = None
+    for statement in statements(text):
+        part = statement.text
+        named = list(_mentions(part, choices, stated=True))
+        mentions = counted(named, part, choices=choices)
         if mentions:
-            return mentions[0].choice
+            if not statement.is_mark or leads(mentions[0], part):
+                return mentions[0].choice
+            reasoned = reasoned or mentions[0].choice
+        elif offers_several(named):
+            return None
     text = without_format_lines(text)
     mentions = counted(list(_mentions(text, choices, stated=False)), text, choices=choices)
     judged = judged_right(mentions, text)
-    if judged is not None or not flexible:
+    if judged is not None or mode == "settled":
         return judged
-    return mentions[-1].choice if mentions else None
+    if reasoned is not None or mode == "strict":
+        return reasoned
+    return chosen(mentions, text)
 
 
 def _mentions(text: str, choices: tuple[str, ...], *, stated: bool) -> Iterator[Mention]:
@@ -76,7 +87,7 @@ def _pattern(choices: tuple[str, ...], stated: bool) -> re.Pattern[str]:
         # A text of one letter.
         rf"\A[\s(\[<*_`\"'$]{{0,9}}(?P<whole>{any_case})[\s)\]>*_`\"'$.!]{{0,9}}\Z",
         rf"^[>#]{{0,6}}{marks}(?:A:[ \t]{{0,9}})?[*_`\"'$]{{0,4}}(?P<line>{upper})[.!)]{{0,3}}{marks}$",
-        rf"^[ \t*_]*(?P<item>{upper})\)(?=\s|$)",
+        rf"^[ \t*_]*(?P<item>{upper})\)(?=[\sA-Z$]|$)",
         rf"^[ \t*_]*(?P<reasoned>{upper})[*_]*,?[ \t]+(?:because|since)\b",
         # Not a temperature ("30 C.", "30 \u00b0C.") and not the last of a list ("Eliminate A, B and D.").
         rf"(?<![\w.'\u00b0/+*=-])(?<![0-9\u00b0][ ])(?<!{upper},[ ])(?<!{upper}[ ]and[ ])(?<!,[ ]and[ ])"
@@ -91,7 +102,8 @@ def _pattern(choices: tuple[str, ...], stated: bool) -> re.Pattern[str]:
             rf"\A{marks}[(\[{{<]*(?P<only>{any_case})[\s*_`\"')\]}}>$.,]*\Z",
             rf"\A{marks}[(\[{{<]*(?P<first>{upper}){whole}",
             rf"\A\s*(?P<small>{any_case})[).]\s",
-            rf"(?:\bor|\band|[,/&])\s*{opened}(?P<other>{upper}){end}",
+            rf"(?:\b(?:either|or|and)|[,/&])\s*{opened}(?P<other>{upper}){end}",
+            rf"\A{marks}[(\[{{<]*(?P<alternative>{upper})(?=/{upper}\b)",
             *places,
         ]
     return re.compile("|".join(places), re.MULTILINE)

@@ -11,14 +11,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 _DENIED_BEFORE = re.compile(
-    r"(?:\b(?:not|never|neither|nor|cannot|except|than|instead\s+of)|n't"
+    r"(?:\b(?:not|never|neither|nor|cannot|except|than|instead\s+of|over|compared\s+(?:to|with))|n't"
     r"|\b(?:eliminat|exclud|reject|discard)\w*|\brul(?:e|es|ed|ing)\s+out)\s+"
     r"(?:(?:be|the|an?|either|option|choice|answer|solution|ending|necessarily)\s+){0,3}[(\[\"'*_`]*\Z",
     re.IGNORECASE,
 )
 _DENIED_AFTER = re.compile(
     r"[)\]\"'*_`]*\s+(?:"
-    r"(?:is|are|was|were)\s+(?:\w+ly\s+|also\s+|both\s+)?(?:not|wrong|incorrect|false|impossible|eliminated|ruled)\b"
+    r"(?:is|are|was|were)\s+(?:\w+ly\s+|also\s+|both\s+)?"
+    r"(?:not|wrong|incorrect|false|impossible|implausible|unlikely|eliminated|ruled)\b"
     r"|(?:is|are|was|were|ca|could|would|wo|does|do)n't\b|cannot\b|(?:can|could|would|does|do)\s+not\b)",
     re.IGNORECASE,
 )
@@ -26,6 +27,25 @@ _DENIED_AFTER = re.compile(
 JUDGED_RIGHT = re.compile(r"[)\]*_`\"']*\s{1,8}(?:is|must\s+be)\s+(?:the\s+)?(?:correct|right|best|answer)\b")
 _CONDITION = re.compile(
     r"\b(?:if|whether|that|why|how)\s+(?:(?:the|option|choice|answer)\s+){0,2}[(\[\"'*_`]*\Z", re.IGNORECASE
+)
+# "I am not sure if that is true", "I can't say whether it is false": nothing is said about what follows.
+_UNCERTAIN = re.compile(
+    r"(?:\b(?:not|cannot|unable|unsure|sorry)\b|n't\b)[^.!?\n]{0,60}\b(?:if|whether|that)\b[^.!?\n]{0,60}\Z",
+    re.IGNORECASE,
+)
+_QUESTION_BEGINS = re.compile(
+    r"(?:\A|[.!?\n])\s*(?:is|are|was|were|do|does|did|can|could|will|would|should|has|have|which|what|who|how|why)\b"
+    r"[^.!?\n]*\Z",
+    re.IGNORECASE,
+)
+_QUESTION_ENDS = re.compile(r"[^.!?\n]*\?")
+# What leads to a choice at the beginning of a text, and what follows one that is explained afterwards.
+_LEAD = re.compile(
+    r"[\s(\[{<\"'*_`$]*(?:(?:the\s)?(?:option|choice|letter|answer)\b)?[\s(\[{<\"'*_`$]*", re.IGNORECASE
+)
+_EXPLAINED = re.compile(
+    r"[)\]}>\"'*_`$.!,]*(?:[ \t]*\n|,?[ \t]+(?:because|since)\b|[^\n]{0,60}\n\s{0,9}[*_]*(?:explanation|reason)\b)",
+    re.IGNORECASE,
 )
 _CLOSING = r"[)\]\"'*_`]*\s*"
 _OPENING = r"\s*(?:(?:the|either|option|choice|answer|solution)\s+)*[(\[\"'*_`]*"
@@ -63,8 +83,43 @@ def counted(mentions: Sequence[Mention], text: str, *, choices: Sequence[str]) -
     kept = [mention for mention in mentions if not _DENIED_AFTER.match(text, mention.end)]
     denied = {m for m in kept if _DENIED_BEFORE.search(text, max(0, m.start - _LOOK_BACK), m.start)}
     open_mentions = [mention for mention in kept if mention not in denied]
-    dropped = _alternatives(kept, text) | _headings(kept, text) | _echoes(open_mentions, text, choices)
+    dropped = _alternatives(mentions, text) | _headings(kept, text) | _echoes(open_mentions, text, choices)
     return [mention for mention in open_mentions if mention not in dropped]
+
+
+def offers_several(mentions: Sequence[Mention]) -> bool:
+    """Whether a statement names several choices; if none of them counts, it leaves the choice open."""
+    return len({mention.choice for mention in mentions}) > 1
+
+
+def leads(mention: Mention, text: str) -> bool:
+    """Whether a text begins with a choice."""
+    return _LEAD.fullmatch(text, 0, mention.start) is not None
+
+
+def asserted(mentions: Sequence[Mention], text: str) -> list[Mention]:
+    """The mentions outside of questions and of what the text is not sure about."""
+    kept = []
+    for mention in mentions:
+        since = max(0, mention.start - 2 * _LOOK_BACK)
+        is_asked = _QUESTION_BEGINS.search(text, since, mention.start) and _QUESTION_ENDS.match(text, mention.end)
+        if not is_asked and not _UNCERTAIN.search(text, since, mention.start):
+            kept.append(mention)
+    return kept
+
+
+def chosen(mentions: Sequence[Mention], text: str) -> str | None:
+    """The choice of a text that states none: the one that it begins with and explains, or the last; None for none.
+
+    Args:
+        mentions: those that choose, in the order of the text.
+        text: where they stand.
+    """
+    mentions = asserted(mentions, text)
+    if not mentions:
+        return None
+    first = mentions[0]
+    return first.choice if leads(first, text) and _EXPLAINED.match(text, first.end) else mentions[-1].choice
 
 
 def judged_right(mentions: Sequence[Mention], text: str) -> str | None:
@@ -83,7 +138,7 @@ def judged_right(mentions: Sequence[Mention], text: str) -> str | None:
     return judged.pop() if len(judged) == 1 else None
 
 
-def _alternatives(mentions: list[Mention], text: str) -> set[Mention]:
+def _alternatives(mentions: Sequence[Mention], text: str) -> set[Mention]:
     """Mentions in lists such as "answer1, answer2 or answer3", "true/false"; two with only a comma are no list."""
     found: set[Mention] = set()
     chain: list[Mention] = []
@@ -91,7 +146,9 @@ def _alternatives(mentions: list[Mention], text: str) -> set[Mention]:
     for mention in mentions:
         gap = text[chain[-1].end : mention.start] if chain and mention.start - chain[-1].end < _LOOK_BACK else None
         by_or = gap is not None and _OR.fullmatch(gap) is not None
-        if gap is None or not (by_or or _COMMA.fullmatch(gap)):
+        # "Of answer1 and answer2, answer2 is best."
+        repeats = any(mention.choice == item.choice for item in chain)
+        if gap is None or repeats or not (by_or or _COMMA.fullmatch(gap)):
             chain, joined_by_or = [], False
         chain.append(mention)
         joined_by_or |= by_or

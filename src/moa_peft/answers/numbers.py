@@ -4,36 +4,17 @@ Two extractors, because a score should say how much of it is format: `strict` ta
 of an answer and nothing else, `flexible` falls back on the last number of the text.
 """
 
-import math
 import re
-from typing import Literal
+from typing import get_args
 
 from moa_peft.answers.latex import HARD_LATEX, latex_value
-from moa_peft.answers.spelling import join_groups, plain_numbers
-from moa_peft.answers.statements import own_answer, stated_parts
-from moa_peft.answers.words import SCALES, first_number_in_words
+from moa_peft.answers.numerals import NUMBER, number_value
+from moa_peft.answers.own_text import own_answer
+from moa_peft.answers.spelling import join_number, plain_numbers
+from moa_peft.answers.statements import ExtractionMode, statements
+from moa_peft.answers.words import first_number_in_words
 from moa_peft.errors import UserError
 
-ExtractionMode = Literal["strict", "flexible"]
-
-# A minus is a sign only where no operand stands directly before it: "-3" and "(-3)", but not "10-3" or "10 - 3".
-# Apart from its number it is a sign only after "=", "(", ":" or "is".
-_MINUS = r"(?:(?<![0-9A-Za-z)\]}])-(?=[$\u20ac\u00a3.0-9])|(?:(?<=[=(:])|(?<=[=(:][ ])|(?<=\bis[ ]))-[ ](?=[$.0-9]))"
-# "1,234,567", "12,34,567" as in India, or digits alone.
-_WHOLE = r"(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]{1,2}(?:,[0-9]{2}){1,6},[0-9]{3}(?![0-9,])|[0-9]+)"
-_NUMBER = re.compile(
-    rf"""
-    (?P<sign>{_MINUS})? (?:[$\u20ac\u00a3](?P<inner_sign>-?))?
-    (?:
-        (?<![A-Za-z0-9/]) (?:(?P<mixed>[0-9]+)[ ]+)? (?P<top>{_WHOLE})/(?P<bottom>{_WHOLE})(?![0-9/])
-      | (?<![A-Za-z]) (?P<decimal>{_WHOLE}(?:\.[0-9]+)?(?:[eE][+-]?[0-9]+)?)
-            (?:[ ](?P<scale>hundred|thousand|million|billion|trillion)\b|(?P<letter>[kKMB])(?![\w/]))?
-      | (?<![A-Za-z0-9]) (?P<point>\.[0-9]+)
-    )
-    """,
-    re.VERBOSE,
-)
-_SCALES = SCALES | {"k": 1e3, "K": 1e3, "M": 1e6, "B": 1e9}
 # What makes the first number of a statement a part of a calculation: "5 apples + 3 apples = 8 apples".
 _OPERATOR_AFTER = re.compile(
     r"\s*(?:\^|\\(?:times|cdot|div)|[/x]\s*[0-9($\\]|(?:[+*\u00d7\u00f7]\s*|-\s+)(?:[0-9($\\]|[a-z]\b))"
@@ -61,12 +42,37 @@ _CURRENCY = re.compile("[$\u20ac\u00a3]")
 _CLAUSE = re.compile(r"[A-Za-z]+\s+[A-Za-z]+")
 _UNIT_AFTER = re.compile(r"\s+[A-Za-z][A-Za-z ]*\Z")
 _SUM = re.compile(r"\b(?:sum|difference|product|quotient)\b", re.IGNORECASE)
-_RESULT = re.compile(r"=|\bequals\b|\bis\s+equal\s+to\b|\bwhich\s+(?:is|gives|makes)\b", re.IGNORECASE)
+_RESULT = re.compile(r"=|:\s|\bequals\b|\bis\s+equal\s+to\b|\bwhich\s+(?:is|gives|makes)\b", re.IGNORECASE)
+# "10% of 450, which is 45", "5 more than 40, so 45", "1/4 of 48, or 12"
+_CONCLUSION = re.compile(
+    r",?\s+(?:so|thus|therefore|hence|(?P<alternative>or)|giving|making|which\s+(?:is|gives|makes|equals|means))\b"
+)
+# "In 2020, he was 45 years old": the number of the circumstance is not the answer.
+_CIRCUMSTANCE = re.compile(
+    r"(?:In|On|At|By|After|Before|For|With|Over|During|Within|From|If|Since|Because|When|As)\s[^,\n]{1,80}?,\s+(?=[A-Za-z])"
+)
+_CALCULATION = re.compile(r"\([0-9][0-9 ().,+*/\u00d7\u00f7-]*[0-9)]")
+_ASSIGNS = re.compile(r"[,;]\s*(?:so\s+|and\s+)?[a-z]\s?=\s?\Z")
+# "13, no wait, 12"
+_MEANT = re.compile(r",?\s+(?:no,?\s+wait|wait,?\s+no|I\s+mean|scratch\s+that)\b[,:]?", re.IGNORECASE)
+# Numbers that name a place or a precision: "in question 3", "rounded to 2 decimal places".
+_NO_AMOUNT = re.compile(
+    r"\b(?:in|on|at|see|from)\s+(?:the\s+)?(?:question|step|page|part|problem|figure|table|section|line|example)\s+[0-9]+"
+    r"|\brounded\s+(?:off\s+)?to\s+(?:the\s+nearest\s+[a-z]+|[0-9]+\s+(?:decimals?|significant)(?:\s+[a-z]+)?)[:,]?",
+    re.IGNORECASE,
+)
 # Words before the first number of a statement that say that there is none.
 _NO_NUMBER = re.compile(
-    r"\b(?:unknown|unclear|undetermined|undefined|impossible|unable|insufficient|cannot|depends|sorry)\b"
+    r"\A(?:n/?a|null)\b"
+    r"|\b(?:unavailable|unknown|unclear|undetermined|undefined|impossible|unable|insufficient|cannot|depends|sorry)\b"
     r"|\b(?:can|could|is|do)(?:n't|\s+not)\b|\bnot\s+(?:known|given|possible|clear|enough|sure)\b|\bno\s+answer\b",
     re.IGNORECASE,
+)
+# A number and its unit, and nothing else.
+_UNITS = r"(?:[ ]?[A-Za-z%/\u00b0][A-Za-z%/.\u00b2\u00b3]*){0,3}"
+_ALONE = re.compile(rf"[ (*_`$\u20ac\u00a3~-]*[0-9.][0-9,.]*(?:/[0-9]+)?{_UNITS}[ .!)*_`$\]}}]*")
+_EXPLAINED = re.compile(
+    rf"\s*({_ALONE.pattern})\n(?:\s*\n\s*(?=[*_#]{{0,6}}[A-Z][a-z])|[*_\s]*(?i:explanation|reason|solution|because)\b)"
 )
 _LEADING_MINUS = re.compile(r"\A-\s+(?=[$.0-9])")
 _NEGATED = re.compile(r"\b(?:not|neither|nor|never)\s+(?:equal\s+to\s+)?\Z", re.IGNORECASE)
@@ -85,17 +91,19 @@ def extract_number(text: str, *, mode: ExtractionMode) -> float | None:
         text: What the model wrote.
         mode: `strict` reads the first statement that holds a number ("the answer is 12", "Answer: 12", "#### 12",
             "\boxed{12}") and is not taken back, up to the end of its sentence; without one, there is no answer.
-            `flexible` then takes the last number of the text.
+            `flexible` then takes the first line, if it is a number and an explanation follows, or the last number of
+            the text. `settled` is `strict` without what follows a mere "Answer:" and may be the beginning of the
+            reasoning: nothing that the text says later outranks it.
 
     Returns:
         The number, or None where there is none (or none that is finite).
 
     Raises:
-        UserError: `mode` is neither of the two; or the answer is an expression in LaTeX and math-verify, which
+        UserError: `mode` is none of the three; or the answer is an expression in LaTeX and math-verify, which
             evaluates it, is not installed.
     """
-    if mode not in ("strict", "flexible"):
-        raise UserError(f"mode is {mode!r}; allowed are 'strict' and 'flexible'.")
+    if mode not in get_args(ExtractionMode):
+        raise UserError(f"mode is {mode!r}; allowed are {', '.join(get_args(ExtractionMode))}.")
     text = own_answer(text, holds_answer=lambda piece: _read(piece, mode="flexible") is not None)
     return _read(text, mode=mode)
 
@@ -107,16 +115,34 @@ def numbers_match(predicted: float | None, gold: float, *, tolerance: float = 1e
 
 def _read(text: str, *, mode: ExtractionMode) -> float | None:
     text = plain_numbers(text)
-    for part in stated_parts(text):
-        stated = _stated_number(part)
-        if stated is not None:
+    reasoned = None
+    for statement in statements(text):
+        stated = _stated_number(statement.text)
+        if stated is None:
+            continue
+        if not statement.is_mark or _ALONE.fullmatch(statement.text):
             return stated
-    return None if mode == "strict" else _last_number(text)
+        # "Answer: Janet sells 9 eggs a day. She makes 9 * 2 = $18."
+        if reasoned is None and not NUMBER.search(statement.rest):
+            reasoned = stated
+    if mode == "settled":
+        return None
+    if reasoned is not None or mode == "strict":
+        return reasoned
+    first = _EXPLAINED.match(text)
+    return _stated_number(first[1]) if first else _last_number(text)
 
 
 def _stated_number(part: str) -> float | None:
-    part = join_groups(_LEADING_MINUS.sub("-", part))
-    numbers = [m for m in _NUMBER.finditer(part) if not _NEGATED.search(part, 0, m.start())]
+    part = _NO_AMOUNT.sub(" ", join_number(_LEADING_MINUS.sub("-", part))).strip()
+    meant = _MEANT.split(part)[-1]
+    part = meant if NUMBER.search(meant) else part
+    circumstance = _CIRCUMSTANCE.match(part)
+    if circumstance and NUMBER.search(part, circumstance.end()):
+        part = part[circumstance.end() :]
+    if _CALCULATION.fullmatch(part.rstrip(" .")):
+        return latex_value(part)
+    numbers = [m for m in NUMBER.finditer(part) if not _NEGATED.search(part, 0, m.start())]
     first = numbers[0] if numbers else None
     hard = HARD_LATEX.search(part)
     if hard and (first is None or "=" not in part[hard.start() :]):
@@ -129,16 +155,16 @@ def _stated_number(part: str) -> float | None:
             return None if _NO_NUMBER.search(part, 0, place.start()) else value
     if first is None or _NO_NUMBER.search(part, 0, first.start()):
         return None
-    if _ends_in_result(part, first, numbers[-1]):
-        return _value(numbers[-1])
+    if _ends_in_result(part, first, numbers[-1]) or _is_conclusion(part, numbers):
+        return number_value(numbers[-1])
     rest = part[first.end() :]
     operator = _OPERATOR_AFTER.match(rest) or _OPERATOR_BEFORE.search(part, 0, first.start())
     if not operator and not _SUM.search(part, 0, first.start()):
-        return _value(first)
+        return number_value(first)
     results = list(_RESULT.finditer(rest))
-    result = _NUMBER.search(rest, results[-1].end()) if results else None
+    result = NUMBER.search(rest, results[-1].end()) if results else None
     if result is not None:
-        return _value(result)
+        return number_value(result)
     return latex_value(_UNIT_AFTER.sub("", _expression(part))) if operator else None
 
 
@@ -158,9 +184,23 @@ def _ends_in_result(part: str, first: re.Match[str], last: re.Match[str]) -> boo
     return bool(amount and _CLAUSE.search(part, 0, first.start()))
 
 
+def _is_conclusion(part: str, numbers: list[re.Match[str]]) -> bool:
+    """Whether a statement says what its last number comes from: "9 eggs at $2, which is $18", "3x = 36, x = 12"."""
+    *before, last = numbers
+    if not before or not _ENDS.match(part, last.end()):
+        return False
+    if _ASSIGNS.search(part, 0, last.start()):
+        return True
+    places = [match for match in _CONCLUSION.finditer(part) if match.end() <= last.start()]
+    if not places or before[-1].start() > places[-1].start():
+        return False
+    # "12 apples, so he has 3 more": the answer stands alone, what follows it is another thought.
+    return not _ALONE.fullmatch(part, 0, places[-1].start()) and not (places[-1]["alternative"] and len(before) < 2)
+
+
 def _last_number(text: str) -> float | None:
     last = None
-    for match in _NUMBER.finditer(text):
+    for match in NUMBER.finditer(text):
         last = match
     if last is None:
         return None
@@ -170,7 +210,7 @@ def _last_number(text: str) -> float | None:
             value = latex_value(content) if HARD_LATEX.search(content) else None
             if value is not None:
                 return value
-    return _value(last)
+    return number_value(last)
 
 
 def _expression(part: str) -> str:
@@ -178,21 +218,3 @@ def _expression(part: str) -> str:
     math_piece = _MATH.search(part)
     expression = (math_piece[1] or math_piece[2]) if math_piece else part
     return expression.rpartition("=")[2].strip(" *_`")
-
-
-def _value(match: re.Match[str]) -> float | None:
-    if match["top"] is not None:
-        bottom = _float(match["bottom"])
-        if bottom == 0:
-            return None
-        value = float(match["mixed"] or 0) + _float(match["top"]) / bottom
-    else:
-        value = _float(match["decimal"] or match["point"])
-    value *= _SCALES.get(match["scale"] or match["letter"], 1)
-    if match["sign"] or match["inner_sign"]:
-        value = -value
-    return value if math.isfinite(value) else None
-
-
-def _float(digits: str) -> float:
-    return float(digits.replace(",", ""))

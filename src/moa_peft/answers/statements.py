@@ -1,41 +1,51 @@
 r"""Where a text states its answer: "the answer is ...", "Answer: ...", "#### ..." and "\boxed{...}".
 
 Every extractor reads the same statements, so that numbers, letters and options differ only in what they look for
-inside one. A text that runs on with further questions of its own making is cut before them, but not before a question
-that it repeats ahead of its answer.
+inside one.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+ExtractionMode = Literal["settled", "strict", "flexible"]
+"""How much of a text counts as its answer; see `extract_number`."""
 
 # White space is bounded in every pattern that has it twice in a row: a long run would cost its square.
 _SUBJECT = r"(?:\bans(?:wer)?|\b(?:correct|right|best|final)\s+(?:option|choice|solution|ending|result))\b"
 # "the answer to the question is", "the answer (in dollars) is": what stands between is short and one clause.
-_BETWEEN = r"(?:\s{1,8}(?:to|for|in|of)\s[^.\n?!:=]{1,60}?|\s{0,8}\([^()\n]{1,30}\))?"
+_BETWEEN = (
+    r"(?:\s{1,8}(?:to|for|in|of|rounded)\s(?:[^\"\n]{0,20}\"[^\"\n]{1,120}\"|[^.\n?!:=]{1,60}?)"
+    r"|\s{0,8}\([^()\n]{1,30}\))?"
+)
 _VERB = (
     r"(?:,?\s{0,8}(?:therefore|then|thus),?)?\s{0,8}"
     r"(?:is|was|(?:should|would|must|will|has\s+to)\s{1,8}be|equals)\b"
 )
 _MARK = (
-    r"(?:\s{0,8}\([^()\n]{1,30}\))?[*_`\"']{0,3}\s{0,8}(?:choice|letter)?[*_`]{0,3}"
+    r"(?:\s{0,8}\([^()\n]{1,30}\))?[*_`]{0,3}\s{0,8}(?:choice|letter)?[*_`]{0,3}"
     r"(?:\s{0,8}[:=]|\s{1,8}[-\u2013\u2014]\s)"
 )
-_HEADING = r"(?<![^\n])[#*_ ]{0,8}(?:final\s+)?answer[*_ ]*\n"
+_HEADING = r"(?<![^\n])[#*_ ]{0,8}(?P<final>final\s+)?answer[*_ ]*\n"
+# A mark such as "Answer:" may also begin the reasoning.
 _STATEMENT = re.compile(
     rf"""
     (?P<boxed>\\(?:boxed|fbox)\s*\{{)
   | (?P<hashes>(?<!\#)\#{{4}}(?!\#))
   | <answer>(?=[^<]{{1,200}}</answer>)
-  | {_HEADING}
-  | {_SUBJECT}(?:{_BETWEEN}{_VERB}|{_MARK})
+  | ["'](?:final_?|correct_?)?(?:answer|option|choice)["']\s{{0,4}}:
+  | (?P<heading>{_HEADING})
+  | {_SUBJECT}{_BETWEEN}{_VERB}
+  | (?:\bfinal\s{{1,4}}|\bcorrect\s{{1,4}})ans(?:wer)?\b{_MARK}
+  | (?P<mark>{_SUBJECT}{_MARK}|\bAns\.(?=\s{{0,4}}[(\[$0-9]))
     """,
     re.VERBOSE | re.IGNORECASE,
 )
 # "if the answer is 5", "the wrong answer is 5": words before a statement that make it none.
 _NO_STATEMENT = re.compile(
-    r"\b(?:if|whether|no|not|wrong|incorrect|previous)\s+(?:(?:the|an|your|my)\s+)?(?:\w+\s+)?\Z", re.I
+    r"\b(?:if|whether|no|not|wrong|incorrect|previous|think)\s+(?:(?:the|an|your|my)\s+)?(?:\w+\s+)?\Z", re.I
 )
 # "The answer is 5. Wait, no: the answer is 7": words before a statement that take back the ones before it.
 _CORRECTION = re.compile(
@@ -44,71 +54,63 @@ _CORRECTION = re.compile(
     re.IGNORECASE,
 )
 _CORRECTION_REACH = 60
+# A line that begins like this takes back what stands above it, however long it goes on.
+_CORRECTING_LINE = re.compile(
+    r"\n[\s*_>]{0,8}(?:(?:but\s|oh,?\s)?(?:wait|hold\s+on)\b|hmm|oops|correction\b|actually\b|sorry\b|no[,.!:]"
+    r"|scratch\s+that|on\s+second\s+thought|let\s+me\s+(?:re|double|check|try)|i\s+made\s+a\s+mistake|the\s+answer\s+is\s+wrong"
+    r"|that(?:'s|\s+is)\s+(?:not\s+right|wrong|incorrect))",
+    re.IGNORECASE,
+)
+# "The answer is wrong, let me try again."
+_IS_WRONG = re.compile(r"(?:wrong|incorrect|not\s+right)\b", re.IGNORECASE)
+LONGEST_CORRECTION = 28
+"""Characters of a line within which it is known whether it takes back an answer."""
 # A dash at the beginning of the next line is a bullet, not a minus.
 _LEAD = re.compile(r"""(?:\n\s*[-\u2022]\s+|[\s:*_`~"'>]|</?[a-z]{1,8}>|\$\$|\\\[|\\\()*""")
 # "Answer:" above numbered steps: their numbers are not answers.
 _LIST_BEGINS = re.compile(r"1[.)]\s+\S")
 _MAX_PART = 400
-# "3! = 6" is a factorial.
-_SENTENCE_END = re.compile(r"\n|</answer>|(?:[.?]|!(?!\s{0,8}[=*\u00d7]))(?=\s|$|[A-Za-z<])")
-_FORMAT_LINE = re.compile(r"answer\s*(?:format|choices)\s*:[^\n]*", re.IGNORECASE)
-_QUOTES = str.maketrans({"\u2018": "'", "\u2019": "'", "\u201c": '"', "\u201d": '"'})
-# What begins the next turn: a section of the Alpaca layout, ...
-_NEXT_TURN = re.compile(
-    r"(?:^|\n)[ \t]*(?:"
-    r"\#{2,3}[ \t]*(?:instructions?|input|response|user|human)[ \t]{0,4}[0-9]{0,4}[ \t]{0,4}[:\n]"
-    r"|[*_]*(?:instruction|human|user)[ \t]{0,4}[0-9]{0,4}[ \t]{0,4}:)",
-    re.IGNORECASE,
+_NAMED_BEGINNING = (
+    r"[A-Z][a-z]{1,15}\s(?:has|have|had|is|are|was|were|will|can|buys?|bought|gave|gives|wants?|needs?|gets?)\b"
 )
-# ... or a question, which may also be the one that the text is about to answer.
-_QUESTION = re.compile(
-    r"(?:^|\n)[ \t]*(?:"
-    r"\#{2,}[ \t]*(?:question|problem)\b"
-    r"|[*_]*(?:q|question|problem)[ \t]{0,4}[0-9]{0,4}[ \t]{0,4}:)",
-    re.IGNORECASE,
+_NEXT_SENTENCE = rf"(?:(?:The|There|This|So|If|He|She|It|They|We|Question|Explanation|Note|Step)\b|{_NAMED_BEGINNING})"
+_SENTENCE_END = re.compile(
+    # "3! = 6" is a factorial.
+    rf"\n|</answer>|(?:[.?]|!(?!\s{{0,8}}[=*\u00d7]))(?=\s|$|[A-Za-z<])"
+    # Run-on text without a full stop: "12 kg Tom has 3", "12 | ...", "12 - Tom", "12 the answer is 13", "12 ### ...".
+    rf"|(?<=[0-9])(?!\s(?:hundred|thousand|[mbt]r?illion)\b)(?:\s[a-z/]{{1,12}}){{0,4}}(?=\s{{0,4}}{_NEXT_SENTENCE})|\s(?:\||\#\#|--|\[[A-Z]|[-\u2013\u2014]\s(?={_NEXT_SENTENCE}))"
+    r"|(?<=[0-9])\s{0,4}(?=(?i:the\sanswer\sis)\b)"
+    # The next key of a JSON object.
+    r"|,(?=\s{0,4}[\"']\w{1,30}[\"']\s{0,4}:)"
 )
-_DIGIT = re.compile(r"[0-9]")
 
 
-def next_turn(text: str) -> int | None:
-    """Where a text goes on with the next turn ("### Instruction:"); None for nowhere.
+@dataclass(frozen=True, kw_only=True)
+class Statement:
+    """One statement of an answer.
 
-    A text may begin with such a heading. What is added behind a next turn does not move it.
+    Attributes:
+        text: what it says, up to the end of its sentence.
+        is_mark: whether it is a mere "Answer:", behind which the reasoning may begin.
+        rest: what follows in the same paragraph.
     """
-    return next((match.start() for match in _NEXT_TURN.finditer(text) if text[: match.start()].strip()), None)
+
+    text: str
+    is_mark: bool
+    rest: str
 
 
-def own_answer(text: str, *, holds_answer: Callable[[str], bool]) -> str:
-    """The text up to where a next turn or question begins, with typewriter quotes.
+def statements(text: str) -> list[Statement]:
+    r"""What a text states, in order.
 
-    Args:
-        text: what a model wrote.
-        holds_answer: whether a piece of text holds an answer. A question ends the text only behind one: before it, the
-            text repeats its own question ("Sure!", "Question: ...", "Answer: 7").
-    """
-    text = text[: next_turn(text)].translate(_QUOTES)
-    begin = 0
-    for match in _QUESTION.finditer(text):
-        # Piece by piece: reading all that stands before every question would cost the square of the text.
-        piece = text[begin : match.start()]
-        # A number is an answer also where a letter was asked for.
-        if _DIGIT.search(piece) or holds_answer(piece):
-            return text[: match.start()]
-        begin = match.start()
-    return text
-
-
-def stated_parts(text: str) -> list[str]:
-    r"""What the statements of a text say, in order, each up to the end of its sentence.
-
-    A part that holds a "\boxed{...}" is left out, because the box follows as a statement of its own. A "####" line
+    One that holds a "\boxed{...}" is left out, because the box follows as a statement of its own. A "####" line
     counts where it holds one sentence; a Markdown heading such as "#### 1. First step" does not. A statement behind
     words of correction takes back the ones before it.
     """
-    parts: list[str] = []
+    found: list[Statement] = []
     end = 0
     for match in _STATEMENT.finditer(text):
-        since = max(end, match.start() - _CORRECTION_REACH)
+        previous, since = end, max(end, match.start() - _CORRECTION_REACH)
         if match["boxed"]:
             part = _braces(text, match.end())
             end = match.end()
@@ -125,19 +127,29 @@ def stated_parts(text: str) -> list[str]:
             part = text[start:end]
             if match["hashes"]:
                 line = text[start : start + _MAX_PART].split("\n", 1)[0].strip()
-                if line.rstrip(".!").strip() != part.strip() or ":" in part:
+                ends_in_stop = text[end : end + 1] in ".?!"
+                if ":" in part or (ends_in_stop and line.rstrip(".!").strip() != part.strip()):
                     continue
-            if "\\boxed" in part:
-                continue
-        if _CORRECTION.search(text, since, match.start()):
-            parts.clear()
-        parts.append(part)
-    return parts
+        if (
+            _CORRECTION.search(text, since, match.start())
+            or _CORRECTING_LINE.search(text, previous, match.start())
+            or _IS_WRONG.match(part)
+        ):
+            found.clear()
+        if not match["boxed"] and "\\boxed" in part:
+            continue
+        rest = text[end : end + _MAX_PART].partition("\n\n")[0]
+        is_mark = match["mark"] is not None or (match["heading"] is not None and match["final"] is None)
+        found.append(Statement(text=part, is_mark=is_mark, rest=rest))
+    return found
 
 
-def without_format_lines(text: str) -> str:
-    """The text without repeated lines of the prompt: "Answer format: true/false", "Answer Choices: (A) ..."."""
-    return _FORMAT_LINE.sub(" ", text)
+def taken_back(text: str, newline: int) -> bool:
+    """Whether the line that begins behind `newline` takes back what stands above it.
+
+    It is known once the line has `LONGEST_CORRECTION` characters.
+    """
+    return _CORRECTING_LINE.match(text, newline) is not None
 
 
 def _braces(text: str, start: int) -> str:

@@ -34,6 +34,8 @@ _DENOMINATORS = {
 _FRACTION = re.compile(
     rf"(?P<added> and an?)?[ -](?P<part>{'|'.join(_DENOMINATORS)})s?\b(?P<of> of\b)?", re.IGNORECASE
 )
+_HALF = re.compile(r"\s*an?\s+half\b(?!\s+(?:of|an?|the|as)\b|-)|\s*half\s*[.!]*\Z", re.IGNORECASE)
+_ONLY = re.compile(r"\s*(?:(?:just|only|exactly|about|approximately)\s+)?\Z", re.IGNORECASE)
 # "two-step" and "one of them" are no numbers.
 _OTHER = re.compile(r"-[a-z]|(?<=\bone)\s+(?:of|or|who|which|that)\b", re.IGNORECASE)
 
@@ -45,6 +47,9 @@ def first_number_in_words(text: str) -> tuple[float, re.Match[str]] | None:
         Its value and its place; None where there is none, or a share of something else ("two thirds of 12"), or a
         mere "one".
     """
+    half = _HALF.match(text)
+    if half is not None:
+        return 0.5, half
     match = _NUMBER.search(text)
     if match is None:
         return None
@@ -55,7 +60,7 @@ def first_number_in_words(text: str) -> tuple[float, re.Match[str]] | None:
             return None
         denominator = _DENOMINATORS[fraction["part"].lower()]
         value = value + 1 / denominator if fraction["added"] else value / denominator
-    elif _OTHER.match(text, match.end()) or (match[0].lower() == "one" and match.start() > 0):
+    elif _OTHER.match(text, match.end()) or (match[0].lower() == "one" and not _ONLY.match(text, 0, match.start())):
         return None
     return (-value if match["sign"] else value), match
 

@@ -17,7 +17,8 @@ from rich.console import Console
 from transformers import PreTrainedTokenizerBase
 
 from moa_peft.answers import AnswerFormat
-from moa_peft.answers.statements import next_turn
+from moa_peft.answers.own_text import next_turn
+from moa_peft.answers.statements import LONGEST_CORRECTION, taken_back
 from moa_peft.data import Example, Template, end_token_ids, render_prompt
 from moa_peft.evaluation.predictions import Prediction
 from moa_peft.evaluation.references import reference_answers
@@ -83,8 +84,7 @@ def answer_questions(
         max_new_tokens=max_new_tokens,
         batch_size=batch_size,
         end_ids=end_token_ids(tokenizer, template=template),
-        # No continuation changes what `cut_answer` returns once it has cut something off.
-        is_over=None if legacy else lambda text: cut_answer(text, format) != text,
+        is_over=None if legacy else lambda text: is_over(text, format),
         names=[examples[index].where for index in chosen],
         on_batch=collect,
         console=console,
@@ -126,10 +126,22 @@ def predict(
 def cut_answer(text: str, format: AnswerFormat) -> str:
     """The text up to where its answer is over: the first line that ends with an answer stated, or the next turn.
 
-    Blank lines and headings of its own ("### Step 2") end nothing: worked answers have them between their steps.
+    Blank lines and headings of its own ("### Step 2") end nothing: worked answers have them between their steps. A
+    line that the next one takes back ("Wait, ...") does not end it either.
     """
     text = text[: next_turn(text)]
+    begin = 0
     for newline in re.finditer(r"\n", text):
-        if format.extract(text[: newline.end()], mode="strict") is not None:
+        if not format.is_settled(text[begin : newline.end()]):
+            continue
+        if not taken_back(text, newline.start()):
             return text[: newline.start()]
+        begin = newline.end()
     return text
+
+
+def is_over(text: str, format: AnswerFormat) -> bool:
+    """Whether no continuation of a text changes what `cut_answer` returns for it."""
+    cut = cut_answer(text, format)
+    behind = text[len(cut) :].lstrip()
+    return len(behind) >= LONGEST_CORRECTION or next_turn(text) == len(cut) < len(text)
