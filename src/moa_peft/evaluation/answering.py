@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 from typing import Any
 
 from rich.console import Console
@@ -132,12 +133,18 @@ def cut_answer(text: str, format: AnswerFormat) -> str:
     text = text[: next_turn(text)]
     begin = 0
     for newline in re.finditer(r"\n", text):
-        if not format.is_settled(text[begin : newline.end()]):
+        if not _is_settled(text[begin : newline.end()], format):
             continue
         if not taken_back(text, newline.start()):
             return text[: newline.start()]
         begin = newline.end()
     return text
+
+
+# While a text is written, its lines are read after every token.
+@lru_cache(maxsize=4096)
+def _is_settled(text: str, format: AnswerFormat) -> bool:
+    return format.is_settled(text)
 
 
 def is_over(text: str, format: AnswerFormat) -> bool:
