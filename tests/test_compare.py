@@ -22,6 +22,7 @@ from moa_peft.study.jobs import REPORT_FILES, Job, chosen_rates, job_digest, job
 from moa_peft.study.questions import Question
 from moa_peft.study.runner import Study
 from moa_peft.study.study_file import load_study, parse_study
+from moa_peft.study.work import _rows_seen
 
 SMOKE = Path(__file__).parent.parent / "studies" / "smoke.yaml"
 
@@ -52,6 +53,8 @@ def test_the_smoke_study_ends_in_tables(finished: Path) -> None:
     assert names <= {path.name for path in finished.iterdir()}
     results = json.loads((finished / "results.json").read_text())
     assert results["seeds"] == [0, 1] and results["missing"] == [] and results["budget_mismatches"] == []
+    (origin,) = results["runs_made_with"]
+    assert origin["versions"]["torch"] and origin["hardware"]["processes"] == 1
     assert results["command"].startswith(f"moa compare {SMOKE} --data") and "torch" in results["versions"]
     assert [(row["data"], row["row"]) for row in results["rows"]] == [("sums", "soft_moa"), ("sums", "lora")]
     runs = {(run["row"], run["seed"]): run for run in results["runs"]}
@@ -68,6 +71,17 @@ def test_the_smoke_study_ends_in_tables(finished: Path) -> None:
         assert str(finished) not in file.read_text() and "path" not in json.loads(file.read_text())["recipe"]["data"]
     table = (finished / "table.md").read_text()
     assert "soft_moa" in table and "lora" in table and "## sums: Is LoRA worse?" in table
+
+
+def test_rows_seen_are_those_of_whole_epochs_and_a_rest() -> None:
+    arguments = {"per_device_train_batch_size": 7, "gradient_accumulation_steps": 1, "dataloader_drop_last": False}
+    trained: dict[str, Any] = {"training_arguments": arguments, "data": {"train_rows": 36}, "results": {"steps": 6}}
+    trained["hardware"] = {"processes": 1}
+    assert _rows_seen(trained) == 36
+    trained["results"]["steps"] = 8
+    assert _rows_seen(trained) == 36 + 14
+    arguments["dataloader_drop_last"] = True
+    assert _rows_seen(trained) == 35 + 21
 
 
 def test_the_rate_with_the_least_validation_loss_is_taken(finished: Path) -> None:
@@ -196,6 +210,8 @@ def test_a_run_that_fails_is_named_and_the_others_are_kept(
         ({"primary": "accuracy"}, "measured by loglikelihood"),
         ({"rows": {"soft_moa": {}, "lora": {"seeds": [7]}}}, "no seed in common"),
         ({"rows": {"soft_moa": {}, "lora": {"recipe": {"max_steps": 1}}}}, "one budget"),
+        ({"rows": {"soft_moa": {}, "lora": {"recipe": {"init_from": "x"}}}}, "one budget"),
+        ({"rows": {"soft_moa": {}, "lora": {"recipe": {"dtype": "float32"}}}}, "one model"),
         ({"rows": {"soft_moa": {}, "lora": {"recipe": {"learning_rate": 1e-3}}}}, "learning_rate and search"),
         ({"search": {"data": "sum", "learning_rate": [1], "max_steps": 1}}, "Did you mean 'sums'"),
         ({"recipe": {"model": "x", "max_steps": 3, "seed": 1}}, "recipe.seed cannot be set"),

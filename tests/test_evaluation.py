@@ -131,6 +131,19 @@ def test_cutting_a_text_changes_no_answer() -> None:
         assert answers == {mode: case[mode] for mode in ("strict", "flexible")}, case["text"]
 
 
+@pytest.mark.parametrize("text", ["1,5", "3:30", "12 apples in 3 boxes", "10-3", "1 or 2", "none"])
+def test_a_right_answer_is_one_number(text: str) -> None:
+    assert NUMBER.reference(text) is None
+    with pytest.raises(UserError, match="no number"):
+        reference_answers([Example(messages=(Message("user", "q"),), reference=text, where="row 1")], NUMBER)
+
+
+def test_right_answers_are_read_in_every_spelling() -> None:
+    texts = ["118558.0", "$1,200", "-3", "1/2", "12 apples", "twelve", "5 + 4 = 9.\n#### 9", r"\frac{1}{2}", "50%"]
+    assert [NUMBER.reference(text) for text in texts] == ["118558", "1200", "-3", "0.5", "12", "12", "9", "0.5", "50"]
+    assert NUMBER.reference("3 + 4 = 7", is_worked=True) == "7"
+
+
 def test_counts_follow_the_predictions() -> None:
     texts = ["The answer is 3.", "maybe 3", "nothing", "The answer is 4."]
     score = Score([predict(index, "q", "3", text, format=NUMBER) for index, text in enumerate(texts)])

@@ -256,6 +256,100 @@ def test_a_folder_is_complete_when_every_set_in_it_is(
     assert results(out)["status"] == "complete"
 
 
+def test_a_folder_is_complete_when_every_scoring_that_was_asked_is(
+    files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    assert evaluate(files, out) == 0 and results(out)["status"] == "complete"
+    with monkeypatch.context() as patch:
+        patch.setattr("moa_peft.evaluation.run.reference_likelihoods", lambda *words, **options: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            evaluate(files, out, "--scoring", "generate,nll")
+    assert evaluate(files, out, "--tasks", "ARC-Easy", "--scoring", "loglikelihood") == 0
+    assert results(out)["status"] == "running"
+    assert evaluate(files, out, "--scoring", "nll") == 0
+    assert results(out)["status"] == "complete"
+
+
+def test_harness_tasks_that_were_asked_are_awaited(tmp_path: Path) -> None:
+    folder = EvaluationFolder(tmp_path)
+    folder.open({}, sets={}, command="a", harness=["one", "two"])
+    folder.add_harness({"scores": {"one": {}}}, tasks=["one"])
+    folder.write(complete=True)
+    folder.open({}, sets={}, command="b")
+    folder.write(complete=True)
+    assert results(tmp_path)["status"] == "running" and results(tmp_path)["harness_missing"] == ["two"]
+    folder.add_harness({"scores": {"two": {}}}, tasks=["two"])
+    folder.write(complete=True)
+    assert results(tmp_path)["status"] == "complete" and set(results(tmp_path)["harness"]["scores"]) == {"one", "two"}
+
+
+def test_a_command_that_is_refused_changes_nothing(files: Path, tmp_path: Path) -> None:
+    _write(tmp_path / "long.json", [("1" * 600, "The answer is 1.", "1")])
+    refused = ["--data", str(tmp_path / "long.json")]
+    out = tmp_path / "out"
+    words = ["eval", str(files / "base"), "--data", str(files / "AddSub.json"), "--output", str(out)]
+    assert main([*words, "--max-new-tokens", "2", *refused]) == 2 and not out.exists()
+    assert main([*words, "--max-new-tokens", "3"]) == 0
+    before = {file.name: file.read_bytes() for file in out.iterdir()}
+    assert main([*words, "--max-new-tokens", "3", "--overwrite", *refused]) == 2
+    assert {file.name: file.read_bytes() for file in out.iterdir()} == before
+
+
+def test_parts_are_not_lost(files: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "out"
+    assert evaluate(files, out, "--train", str(files / "train.json")) == 0
+    before = results(out)["sets"]
+    assert evaluate(files, out) == 2 and "Give the same --train again" in capsys.readouterr().err
+    assert evaluate(files, out, "--train", str(files / "train.json")) == 0
+    assert results(out)["sets"] == before and before["AddSub"]["generate"]["parts"]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"settings": []},
+        {"commands": None},
+        {"sets": {"other": 5}},
+        {"sets": {"AddSub": {"generate": 7}}},
+        {"sets": None},
+    ],
+)
+def test_results_of_the_wrong_kind_are_damage(
+    files: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], change: dict[str, Any]
+) -> None:
+    out = tmp_path / "out"
+    assert evaluate(files, out) == 0
+    (out / "results.json").write_text(json.dumps(results(out) | change))
+    assert evaluate(files, out) == 2 and "cannot be read" in capsys.readouterr().err
+
+
+def test_predictions_with_and_without_legacy_answers_are_damage(
+    files: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    assert evaluate(files, out) == 0
+    file = out / "AddSub.generate.jsonl"
+    first, *others = (json.loads(line) for line in file.read_text().splitlines())
+    first["answers"]["legacy"] = None
+    file.write_text("".join(json.dumps(line) + "\n" for line in (first, *others)))
+    assert evaluate(files, out) == 2 and "legacy" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("scoring", ["generate", "nll", "loglikelihood"])
+def test_a_model_of_nans_has_no_score(
+    files: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], scoring: str
+) -> None:
+    broken: Any = AutoModelForCausalLM.from_pretrained(files / "base")
+    broken.lm_head.weight.data.fill_(float("nan"))
+    shutil.copytree(files / "base", tmp_path / "broken")
+    broken.save_pretrained(tmp_path / "broken")
+    words = ["--data", str(files), "--tasks", "arc_easy", "--scoring", scoring, "--output", str(tmp_path / "out")]
+    assert main(["eval", str(tmp_path / "broken"), *words]) == 2
+    assert "damaged or diverged" in capsys.readouterr().err
+    assert not list((tmp_path / "out").glob("*.jsonl"))
+
+
 def test_what_a_killed_process_left_is_in_nobodys_way(files: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     out.mkdir()

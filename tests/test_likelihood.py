@@ -14,8 +14,15 @@ from moa_peft.answers import AnswerFormat
 from moa_peft.data import Example
 from moa_peft.data.examples import Message, Source
 from moa_peft.errors import UserError
-from moa_peft.evaluation import Continuation, choose_options, continuation_likelihoods, reference_likelihoods
+from moa_peft.evaluation import (
+    Continuation,
+    Score,
+    choose_options,
+    continuation_likelihoods,
+    reference_likelihoods,
+)
 from moa_peft.evaluation import likelihood as module
+from moa_peft.evaluation.choosing import choice_of
 from moa_peft.evaluation.run import ScoringSettings
 from moa_peft.tasks import Task
 from tests.tiny import tiny_model, tiny_tokenizer
@@ -158,6 +165,15 @@ def test_the_likeliest_option_is_chosen() -> None:
         assert choice.correct["choice"] == (choice.answers["choice"] == example.reference)
     (again,) = choose_options(model, TOKENIZER, examples, task=OPTIONS, template="alpaca", indices=[3])
     assert again.index == 3 and again.log_likelihoods == pytest.approx(found[3].log_likelihoods, abs=1e-4)
+
+
+def test_undecided_questions_are_counted() -> None:
+    decided, undecided = (
+        choice_of(index, "q", "answer1", ("answer1", "answer2"), values)
+        for index, values in enumerate([(-1.0, -2.0), (-1.5, -1.5)])
+    )
+    assert not decided.is_tied and undecided.is_tied and undecided.answers == {"choice": "answer1"}
+    assert Score([decided, undecided]).to_dict()["ties"] == 1
 
 
 def test_options_are_checked() -> None:

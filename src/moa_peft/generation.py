@@ -15,6 +15,8 @@ from rich.console import Console
 from rich.progress import Progress
 from transformers import (
     GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
     PreTrainedConfig,
     PreTrainedTokenizerBase,
     StoppingCriteria,
@@ -192,6 +194,7 @@ def _generate_batch(
             attention_mask=mask.to(device),
             generation_config=config,
             stopping_criteria=StoppingCriteriaList(criteria),
+            logits_processor=LogitsProcessorList([_LogitsAreNumbers()]),
             streamer=streamer,
         )
     return tokenizer.batch_decode(output[:, length:], skip_special_tokens=True)
@@ -254,6 +257,22 @@ def _contiguous_output_layer(model: Any) -> Iterator[None]:
 
 def _make_contiguous(_module: Any, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
     return (args[0].contiguous(), *args[1:])
+
+
+class _LogitsAreNumbers(LogitsProcessor):
+    """Stops a model that is broken, whose answers would be any token. The first position tells."""
+
+    def __init__(self) -> None:
+        self._is_checked = False
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> Any:
+        if not self._is_checked and bool(scores.isnan().any()):
+            raise UserError(
+                "generation: the model gives logits that are no numbers (NaN). Its weights are damaged or diverged, "
+                "or do not fit its dtype."
+            )
+        self._is_checked = True
+        return scores
 
 
 class _AnswersAreOver(StoppingCriteria):

@@ -9,7 +9,7 @@ from typing import Literal, get_args
 
 from moa_peft.answers.legacy import legacy_letter, legacy_number, legacy_option
 from moa_peft.answers.letters import extract_letter
-from moa_peft.answers.numbers import extract_number, numbers_match
+from moa_peft.answers.numbers import extract_number, numbers_match, only_number
 from moa_peft.answers.options import extract_option
 from moa_peft.errors import UserError
 
@@ -84,11 +84,19 @@ class AnswerFormat:
             return answer == reference
         return numbers_match(float(answer), float(reference))
 
-    def reference(self, text: str) -> str | None:
-        """The right answer in the form of `extract`, from a row's `answer` field or worked answer; None for none."""
+    def reference(self, text: str, *, is_worked: bool = False) -> str | None:
+        """The right answer in the form of `extract`; None for none, or for a text that could mean several numbers.
+
+        Args:
+            text: a row's `answer` field, or its worked answer.
+            is_worked: whether it is a worked answer, which may hold other numbers as well.
+        """
         for choice in self.choices:
             if text.strip().casefold() == choice.casefold():
                 return choice
+        if self.kind == "number" and not is_worked:
+            number = only_number(text)
+            return None if number is None else number_text(number)
         return self.extract(text, mode="flexible")
 
     def statement(self, choice: str) -> str:

@@ -108,6 +108,15 @@ def extract_number(text: str, *, mode: ExtractionMode) -> float | None:
     return _read(text, mode=mode)
 
 
+def only_number(text: str) -> float | None:
+    """The number that a text is about: the one it states, or the only one it holds; None for several, or none."""
+    stated = extract_number(text, mode="settled")
+    if stated is not None:
+        return stated
+    plain = join_number(plain_numbers(text.strip()))
+    return None if len(NUMBER.findall(plain)) > 1 else _stated_number(plain)
+
+
 def numbers_match(predicted: float | None, gold: float, *, tolerance: float = 1e-3) -> bool:
     """Whether an extracted number is the right one: |predicted - gold| <= tolerance; None never matches."""
     return predicted is not None and abs(predicted - gold) <= tolerance

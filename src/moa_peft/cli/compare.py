@@ -127,11 +127,17 @@ def _report(work: Study, outcome: StudyOutcome, *, command: str, console: Consol
         question=question,
         missing=outcome.missing,
         folder=work.folder.path,
-        provenance={"command": command, "versions": library_versions(), "study": spec.to_dict()},
+        provenance={
+            "command": command,
+            "versions": library_versions(),
+            "runs_made_with": outcome.made_with,
+            "study": spec.to_dict(),
+        },
         budget_mismatches=mismatches,
         introduction=spec.question,
         remarks=[
-            *(f"{row}: {settings.note}" for row, settings in spec.rows.items() if settings.note),
+            *(f"{name}: {row.note}" for name, row in spec.rows.items() if row.note),
+            *(f"{name} has a recipe of its own: {dict(row.recipe)}." for name, row in spec.rows.items() if row.recipe),
             *work.rates_at_the_ends(),
         ],
     )

@@ -106,8 +106,9 @@ def evaluate(
     from moa_peft.cli.score_tables import code_table
     from moa_peft.code_evaluation.work import check_code_lengths, score_code_tasks
     from moa_peft.data import Template
+    from moa_peft.data.templates import check_template
     from moa_peft.evaluation.folder import EvaluationFolder
-    from moa_peft.evaluation.run import ScoringSettings, check_libraries, check_sets
+    from moa_peft.evaluation.run import ScoringSettings, check_libraries, check_set_lengths, check_sets
     from moa_peft.evaluation.selection import select_sets
 
     check_choice("--template", template, Template)
@@ -158,18 +159,28 @@ def evaluate(
     with nullcontext() if folder is None else folder.locked():
         how = {"dtype": dtype, "quantization": quantization, "trust_remote_code": trust_remote_code}
         loaded, about = _load(model, base=base, **how)
+        # What the model cannot read is found before earlier results are touched or settings are fixed.
+        check_template(settings.template, loaded.tokenizer)
+        check_set_lengths(loaded.model, loaded.tokenizer, sets, settings)
+        if code is not None:
+            check_code_lengths(loaded.model, loaded.tokenizer, code)
         about |= {"template": settings.template, "max_new_tokens": max_new_tokens, "legacy": legacy}
         if folder is not None:
             about_sets = {questions.name: _about_set(questions) for questions in sets}
             about_sets |= {} if code is None else code.about()
-            folder.open(about, sets=about_sets, command=command_line(context), overwrite=overwrite)
+            folder.open(
+                about,
+                sets=about_sets,
+                command=command_line(context),
+                scorings=settings.scorings,
+                harness=harness_tasks,
+                overwrite=overwrite,
+            )
 
         def save() -> None:
             if folder is not None:
                 folder.write(complete=False)
 
-        if code is not None:
-            check_code_lengths(loaded.model, loaded.tokenizer, code)
         _score(loaded, sets, settings, folder=folder, title=model, console=console, save=save)
         if code is not None:
             scores = score_code_tasks(
@@ -185,7 +196,7 @@ def evaluate(
         if harness_tasks:
             of_harness["apply_chat_template"] = settings.template == "chat"
             console.print(f"lm-evaluation-harness: {', '.join(harness_tasks)}", highlight=False, markup=False)
-            _score_harness(loaded, loaded_tasks, folder=folder, **of_harness)
+            _score_harness(loaded, loaded_tasks, names=harness_tasks, folder=folder, **of_harness)
         if folder is not None:
             folder.write(complete=True)
             console.print(f"Saved in {output}.", highlight=False, markup=False)
@@ -199,6 +210,7 @@ def _about_set(questions: QuestionSet) -> dict[str, Any]:
         "version": task.version,
         "digest": questions.digest,
         "rows": len(questions.examples),
+        **({"parts_digest": questions.parts_digest} if questions.parts else {}),
     }
 
 
@@ -272,7 +284,9 @@ def _score(
         Console().print(table)
 
 
-def _score_harness(loaded: LoadedAdapter, tasks: Any, *, folder: EvaluationFolder | None, **options: Any) -> None:
+def _score_harness(
+    loaded: LoadedAdapter, tasks: Any, *, names: list[str], folder: EvaluationFolder | None, **options: Any
+) -> None:
     from rich.console import Console
 
     from moa_peft.cli.score_tables import harness_table
@@ -280,7 +294,7 @@ def _score_harness(loaded: LoadedAdapter, tasks: Any, *, folder: EvaluationFolde
 
     result = run_harness(loaded.model, loaded.tokenizer, tasks, **options)
     if folder is not None:
-        folder.add_harness(result.to_dict())
+        folder.add_harness(result.to_dict(), tasks=names)
         folder.write_samples(result.samples)
     Console().print(harness_table(result))
 

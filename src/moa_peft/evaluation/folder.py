@@ -39,6 +39,7 @@ class EvaluationFolder:
         self._settings: dict[str, Any] = {}
         self._sets: dict[str, dict[str, Any]] = {}
         self._harness: dict[str, Any] = {}
+        self._harness_missing: list[str] = []
         self._commands: list[str] = []
 
     def check(self, *, overwrite: bool) -> None:
@@ -96,6 +97,8 @@ class EvaluationFolder:
         *,
         sets: Mapping[str, dict[str, Any]],
         command: str,
+        scorings: Sequence[str] = (),
+        harness: Sequence[str] = (),
         overwrite: bool = False,
     ) -> None:
         """Start an evaluation, or go on with one, and say so in results.json.
@@ -104,6 +107,8 @@ class EvaluationFolder:
             settings: everything that decides results and holds for all sets; equal in all evaluations of a folder.
             sets: per set its task, the task's version and the digest of its rows.
             command: what started this evaluation; results.json keeps those before it too.
+            scorings: how the sets are to be scored, but for code tasks; complete results have all that was ever asked.
+            harness: tasks of lm-evaluation-harness that are to be scored.
             overwrite: delete earlier results first.
 
         Raises:
@@ -119,8 +124,7 @@ class EvaluationFolder:
         if before:
             self._check_equal("the settings", before["settings"], settings)
             for name in sets.keys() & before["sets"].keys():
-                old = {key: before["sets"][name].get(key) for key in sets[name]}
-                self._check_equal(f"the set {name}", old, sets[name])
+                self._check_set(name, before["sets"][name], sets[name], scorings)
         known = {f"{name}.{kind}.jsonl" for name in before.get("sets", {}) for kind in (*KINDS, "code")}
         strange = [file.name for file in self.path.glob("*.jsonl") if file.name not in known]
         strange = [name for name in strange if not name.endswith(".harness.jsonl")]
@@ -135,8 +139,11 @@ class EvaluationFolder:
         self._settings = dict(settings)
         self._sets = dict(before.get("sets", {}))
         for name, about in sets.items():
-            self._sets[name] = {**self._sets.get(name, {}), **about}
+            earlier = self._sets.get(name, {})
+            asked = [*earlier.get("asked", ()), *(("code",) if "sampling" in about else scorings)]
+            self._sets[name] = {**earlier, **about, "asked": list(dict.fromkeys(asked))}
         self._harness = before.get("harness", {})
+        self._harness_missing = list(dict.fromkeys([*before.get("harness_missing", ()), *harness]))
         self._commands = [*(word for word in before.get("commands", []) if word != command), command]
         self.write(complete=False)
 
@@ -151,7 +158,7 @@ class EvaluationFolder:
             return {}
         try:
             content = json.loads(file.read_text(encoding="utf-8"))
-            problem = None if {"settings", "sets"} <= content.keys() else "settings or sets are missing"
+            problem = _problem_of(content)
         except (ValueError, AttributeError) as error:
             content, problem = {}, str(error)
         if problem is None and content.get("format") != RESULTS_FORMAT:
@@ -174,8 +181,9 @@ class EvaluationFolder:
         """Take in the scores of a set, by way of scoring."""
         self._sets[name] = {**self._sets[name], **scores}
 
-    def add_harness(self, content: Mapping[str, Any]) -> None:
-        """Take in results of lm-evaluation-harness beside those of its other tasks that are there."""
+    def add_harness(self, content: Mapping[str, Any], *, tasks: Sequence[str]) -> None:
+        """Take in results of tasks of lm-evaluation-harness beside those of its other tasks that are there."""
+        self._harness_missing = [name for name in self._harness_missing if name not in tasks]
         before = self._harness
         self._harness = dict(content)
         for key, values in content.items():
@@ -189,8 +197,11 @@ class EvaluationFolder:
             write_atomically(self.path / f"{task}.harness.jsonl", text)
 
     def write(self, *, complete: bool) -> None:
-        """Write results.json; it is complete if every set has scores, those of interrupted commands before too."""
-        complete = complete and all(content.keys() & {*KINDS, "code"} for content in self._sets.values())
+        """Write results.json; it is complete if it has all that was asked, by interrupted commands before too."""
+        for content in self._sets.values():
+            asked = {*content["asked"]} if content.get("asked") else content.keys() & {*KINDS, "code"} or {"a score"}
+            complete = complete and asked <= content.keys()
+        complete = complete and not self._harness_missing
         suites = {name: content["suite"] for name, content in self._sets.items() if "suite" in content}
         content = {
             "format": RESULTS_FORMAT,
@@ -201,6 +212,7 @@ class EvaluationFolder:
             "sets": self._sets,
             "suites": suite_means(suites, self._sets),
             **({"harness": self._harness} if self._harness else {}),
+            **({"harness_missing": self._harness_missing} if self._harness_missing else {}),
         }
         write_atomically(self.path / RESULTS_FILE, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
 
@@ -209,6 +221,18 @@ class EvaluationFolder:
         if _TEMPORARY.fullmatch(file.name) or file.name in (RESULTS_FILE, _LOCK):
             return True
         return file.name.endswith(SUFFIXES) and (self.path / RESULTS_FILE).is_file()
+
+    def _check_set(
+        self, name: str, before: Mapping[str, Any], now: Mapping[str, Any], scorings: Sequence[str]
+    ) -> None:
+        """Refuse a set whose rows, task or parts are not those of its earlier scores; parts may be added later."""
+        if "parts_digest" not in now and any("parts" in before.get(scoring, {}) for scoring in scorings):
+            raise UserError(
+                f"--train: {str(self.path)!r} shows questions of {name} apart that occur in training rows, which "
+                "would be lost. Give the same --train again, or another folder."
+            )
+        keys = [key for key in now if key != "parts_digest" or key in before]
+        self._check_equal(f"the set {name}", {key: before.get(key) for key in keys}, {key: now[key] for key in keys})
 
     def _check_equal(self, what: str, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
         # The same model may be called by another path; its digests are compared.
@@ -220,3 +244,15 @@ class EvaluationFolder:
                 + "\n".join(lines)
                 + "\nGive another folder, or --overwrite to replace it."
             )
+
+
+def _problem_of(content: Any) -> str | None:
+    """What keeps a results.json from being read, if its parts are missing or of other kinds."""
+    kinds = {"settings": dict, "sets": dict, "commands": list, "harness": dict, "harness_missing": list}
+    if not isinstance(content, dict) or not {"settings", "sets"} <= content.keys():
+        return "settings or sets are missing"
+    wrong = [name for name, kind in kinds.items() if not isinstance(content.get(name, kind()), kind)]
+    for name, about in () if wrong else content["sets"].items():
+        scores = [about.get(kind, {}) for kind in KINDS] if isinstance(about, dict) else [None]
+        wrong += [] if all(isinstance(score, dict) for score in scores) else [f"sets.{name}"]
+    return f"{wrong[0]} is damaged" if wrong else None

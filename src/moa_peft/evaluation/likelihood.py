@@ -5,6 +5,7 @@ Shapes: B rows, T tokens of the longest, N scored positions of a batch, V vocabu
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -77,7 +78,8 @@ def continuation_likelihoods(
         One result for each continuation, in their order.
 
     Raises:
-        UserError: a row is longer than the model can read, or the batch size is below 1; nothing is scored then.
+        UserError: a row is longer than the model can read, or the batch size is below 1; nothing is scored then. Or a
+            log-probability is not finite.
     """
     if batch_size < 1:
         raise UserError(f"batch_size: {batch_size} is not allowed; give at least 1.")
@@ -174,6 +176,11 @@ def _read(logits_NV: torch.Tensor, rows: list[_Row], continuations: Sequence[Con
     where = torch.tensor([position for position, _ in pairs], device=logits_NV.device)
     tokens = torch.tensor([token for _, token in pairs], device=logits_NV.device)
     log_probs = (logits_NV[where, tokens].float() - normaliser_N[where]).double().tolist()
+    if not all(math.isfinite(log_prob) for log_prob in log_probs):
+        raise UserError(
+            "scoring: the model gives log-probabilities that are no finite numbers, so nothing can be compared. Its "
+            "weights are damaged or diverged, or do not fit its dtype."
+        )
     found: dict[int, Likelihood] = {}
     taken = 0
     for row in rows:

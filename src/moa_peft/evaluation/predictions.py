@@ -73,6 +73,11 @@ class Choice:
     answers: dict[str, str | None]
     correct: dict[str, bool]
 
+    @property
+    def is_tied(self) -> bool:
+        """Whether several options are equally likely, and the first of them was taken."""
+        return self.log_likelihoods.count(max(self.log_likelihoods)) > 1
+
     def is_possible(self) -> bool:
         """Whether the numbers are log-likelihoods, one for each option."""
         return len(self.choices) == len(self.log_likelihoods) and all(

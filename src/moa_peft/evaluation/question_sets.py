@@ -35,6 +35,12 @@ class QuestionSet:
         rows = [[example.question, example.reference, example.answer] for example in self.examples]
         return hashlib.sha256(json.dumps(rows, ensure_ascii=False).encode()).hexdigest()
 
+    @property
+    def parts_digest(self) -> str:
+        """SHA-256 of the parts, to notice that others are asked for."""
+        parts = {name: list(indices) for name, indices in self.parts.items()}
+        return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
 
 def parts_by_twins(examples: Sequence[Example], train: Sequence[Example]) -> dict[str, list[int]]:
     """Questions that occur in the training rows with other numbers, and the rest; empty where there are none."""

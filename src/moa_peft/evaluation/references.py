@@ -20,7 +20,7 @@ def reference_answers(examples: Sequence[Example], format: AnswerFormat) -> list
     references = []
     for example in examples:
         text = example.reference if example.reference is not None else example.answer
-        answer = None if text is None else format.reference(text)
+        answer = None if text is None else format.reference(text, is_worked=example.reference is None)
         if answer is None:
             what = "number" if format.kind == "number" else f"answer among {', '.join(format.choices)}"
             raise UserError(

@@ -102,6 +102,32 @@ def check_libraries(kinds: Iterable[tuple[QuestionSet, str]]) -> None:
         require_math_verify()
 
 
+def check_set_lengths(
+    model: Any, tokenizer: PreTrainedTokenizerBase, sets: Sequence[QuestionSet], settings: ScoringSettings
+) -> None:
+    """Refuse questions that are too long for the model, and a template that it has not, before any is scored.
+
+    Raises:
+        UserError: naming the first such question.
+    """
+    template = settings.template
+    for questions in sets:
+        examples, task = questions.examples, questions.task
+        for scoring in settings.scorings:
+            indices = wanted_rows(questions, scoring)
+            if scoring == "generate":
+                longest = settings.tokens_for(questions)
+                check_lengths(model, tokenizer, examples, template=template, max_new_tokens=longest)
+            elif scoring == "loglikelihood":
+                _, continuations = option_continuations(
+                    tokenizer, examples, task=task, template=template, indices=indices
+                )
+                check_continuations(model, continuations)
+            else:
+                continuations = reference_continuations(tokenizer, examples, template=template, indices=indices)
+                check_continuations(model, continuations)
+
+
 def score_sets(
     model: Any,
     tokenizer: PreTrainedTokenizerBase,
@@ -117,7 +143,7 @@ def score_sets(
     Args:
         model: a causal language model, with or without adapters.
         tokenizer: its tokenizer.
-        sets: checked by `check_sets`.
+        sets: checked by `check_sets` and `check_set_lengths`.
         settings: how they are scored.
         folder: an opened folder, or None to keep nothing.
         console: where progress goes; None for none.
@@ -125,13 +151,8 @@ def score_sets(
 
     Returns:
         By set and way of scoring what `results.json` says; the ways are `generate`, `loglikelihood`, `nll`.
-
-    Raises:
-        UserError: a question is too long for the model.
     """
     work = [_open_work(questions, scoring, folder) for questions in sets for scoring in settings.scorings]
-    for each in work:
-        _check_lengths(model, tokenizer, each, settings)
     results: dict[str, dict[str, Any]] = {questions.name: {} for questions in sets}
     for each in work:
         name = each.questions.name
@@ -161,22 +182,6 @@ def _open_work(questions: QuestionSet, scoring: str, folder: EvaluationFolder | 
     done = {record.index for record in before}
     missing = [index for index in wanted_rows(questions, scoring) if index not in done]
     return _Work(questions=questions, scoring=scoring, before=before, missing=missing)
-
-
-def _check_lengths(model: Any, tokenizer: PreTrainedTokenizerBase, work: _Work, settings: ScoringSettings) -> None:
-    """Refuse questions that are too long for the model, before hours are spent on others."""
-    examples, template, indices = work.questions.examples, settings.template, work.missing
-    if work.scoring == "generate":
-        asked = [examples[index] for index in indices]
-        longest = settings.tokens_for(work.questions)
-        check_lengths(model, tokenizer, asked, template=template, max_new_tokens=longest)
-    elif work.scoring == "loglikelihood":
-        _, continuations = option_continuations(
-            tokenizer, examples, task=work.questions.task, template=template, indices=indices
-        )
-        check_continuations(model, continuations)
-    else:
-        check_continuations(model, reference_continuations(tokenizer, examples, template=template, indices=indices))
 
 
 def wanted_rows(questions: QuestionSet, scoring: str) -> list[int]:
@@ -212,7 +217,13 @@ def stored_predictions(folder: EvaluationFolder, questions: QuestionSet, scoring
     """
     file = folder.predictions(questions.name, scoring)
     wanted = set(wanted_rows(questions, scoring))
-    return [_checked(record, questions, wanted, file.path) for record in file.read()]
+    records = [_checked(record, questions, wanted, file.path) for record in file.read()]
+    if scoring == "generate" and len({"legacy" in record.answers for record in records}) > 1:
+        raise UserError(
+            f"{str(file.path)!r} is damaged: some of its predictions have a legacy answer and others none.\n"
+            "Delete the file to score its questions again."
+        )
+    return records
 
 
 def _checked(record: Any, questions: QuestionSet, wanted: set[int], path: Path) -> Any:

@@ -73,8 +73,10 @@ class Score(Generic[AnyPrediction]):
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """Counts, shares and intervals of every mode, without the predictions."""
-        return {"num_items": self.num_items, **{mode: self.accuracy(mode).to_dict() for mode in self.modes}}
+        """Counts, shares and intervals of every mode, without the predictions; of choices also the undecided ones."""
+        ties = [prediction.is_tied for prediction in self.predictions if isinstance(prediction, Choice)]
+        counts = {"num_items": self.num_items, **({"ties": sum(ties)} if ties else {})}
+        return {**counts, **{mode: self.accuracy(mode).to_dict() for mode in self.modes}}
 
 
 def mean_nll(results: Sequence[ReferenceLikelihood]) -> dict[str, Any]:

@@ -252,6 +252,12 @@ def read_record(folder: StudyFolder, job: Job, *, digest: str) -> RunRecord | No
     return None if content is None else RunRecord.from_dict(content["record"], source=str(folder.result(job)))
 
 
+def made_with(folder: StudyFolder, job: Job, *, digest: str) -> dict[str, Any]:
+    """The versions of the libraries and the hardware that a finished run was made with; empty without the run."""
+    content = _read(folder.result(job), digest)
+    return {} if content is None else {key: content.get(key) for key in ("versions", "hardware")}
+
+
 def missing_jobs(
     folder: StudyFolder, jobs: Iterable[Job], *, spec: StudySpec, data: Mapping[str, StudyData]
 ) -> list[Job]:

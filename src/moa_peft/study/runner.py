@@ -32,6 +32,7 @@ from moa_peft.study.jobs import (
     finished_tries,
     job_digest,
     job_recipe,
+    made_with,
     missing_jobs,
     read_record,
     run_jobs,
@@ -55,11 +56,13 @@ class StudyOutcome:
         records: of the finished runs, in the order of the study.
         missing: the runs that are not there.
         failed: jobs that failed in this call, as sentences.
+        made_with: the different versions and hardware of the finished runs.
     """
 
     records: list[RunRecord] = field(default_factory=list)
     missing: list[MissingRun] = field(default_factory=list)
     failed: list[str] = field(default_factory=list)
+    made_with: list[dict[str, Any]] = field(default_factory=list)
 
 
 class Study:
@@ -144,7 +147,11 @@ class Study:
             job = known.get((wanted.row, wanted.data, wanted.seed))
             record = None
             if job is not None:
-                record = read_record(self.folder, job, digest=job_digest(self.spec, job, data=self.data))
+                digest = job_digest(self.spec, job, data=self.data)
+                record = read_record(self.folder, job, digest=digest)
+                origin = made_with(self.folder, job, digest=digest)
+                if origin and origin not in outcome.made_with:
+                    outcome.made_with.append(origin)
             if record is not None:
                 outcome.records.append(named_transfer(record, self.data[wanted.data].transfer))
                 continue

@@ -22,7 +22,7 @@ _SCORED_BY = {
     "accuracy_flexible": "generate",
     "accuracy": "loglikelihood",
 }
-_ONE_MODEL = ("model", "revision")
+_ONE_MODEL = ("model", "revision", "dtype", "quantization")
 _ONE_BUDGET = (
     "max_steps",
     "num_train_epochs",
@@ -32,6 +32,8 @@ _ONE_BUDGET = (
     "train_sampling_strategy",
     "data_seed",
     "dataloader_drop_last",
+    "auto_find_batch_size",
+    "init_from",
 )
 _LAST_WEIGHTS = "the weights of the last step count"
 _SET_BY_STUDY = {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import multiprocessing
 import os
 import shutil
@@ -22,7 +23,7 @@ from rich.console import Console
 from moa_peft.adapter_loading import load_adapter
 from moa_peft.environment import library_versions
 from moa_peft.evaluation.folder import EvaluationFolder
-from moa_peft.evaluation.run import score_sets, stored_predictions
+from moa_peft.evaluation.run import check_set_lengths, score_sets, stored_predictions
 from moa_peft.files import write_atomically
 from moa_peft.study.data import StudyData
 from moa_peft.study.jobs import Job, StudyFolder, job_digest, job_recipe
@@ -146,12 +147,12 @@ def _score(
         for scorings in dict.fromkeys(data.scorings(questions) for questions in data.sets):
             alike = [questions for questions in data.sets if data.scorings(questions) == scorings]
             settings = replace(data.settings, scorings=scorings)
+            check_set_lengths(loaded.model, loaded.tokenizer, alike, settings)
             console.print(
                 score_sets(loaded.model, loaded.tokenizer, alike, settings, folder=evaluation, console=console)
             )
         evaluation.write(complete=True)
     results, arguments = trained["results"], trained["training_arguments"]
-    rows = arguments["per_device_train_batch_size"] * arguments["gradient_accumulation_steps"]
     return RunRecord(
         row=job.row,
         data=job.data,
@@ -160,13 +161,27 @@ def _score(
         learning_rate=arguments["learning_rate"],
         steps=results["steps"],
         tokens=results["tokens"],
-        rows_seen=results["steps"] * rows * trained["hardware"]["processes"],
+        rows_seen=_rows_seen(trained),
         trainable_parameters=trained["parameters"]["trainable"],
         peak_memory_bytes=results.get("peak_memory_bytes"),
         step_seconds=trained["timings"].get("median_step_s"),
         validation_loss=results["validation_loss"],
         scores=tuple(_item_scores(data, evaluation)),
     )
+
+
+def _rows_seen(trained: Mapping[str, Any]) -> int:
+    """Training rows seen, over all steps; the last step of an epoch has what is left of the rows."""
+    arguments, rows = trained["training_arguments"], trained["data"]["train_rows"]
+    per_step = (
+        arguments["per_device_train_batch_size"]
+        * arguments["gradient_accumulation_steps"]
+        * trained["hardware"]["processes"]
+    )
+    if arguments["dataloader_drop_last"]:
+        rows -= rows % per_step
+    epochs, steps = divmod(trained["results"]["steps"], math.ceil(rows / per_step))
+    return epochs * rows + steps * per_step
 
 
 def _item_scores(data: StudyData, evaluation: EvaluationFolder) -> list[ItemScores]:

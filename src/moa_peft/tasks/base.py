@@ -59,7 +59,7 @@ class Task:
                 choices.
         """
         text = example.reference if example.reference is not None else example.answer
-        found = None if text is None else self.format.reference(text)
+        found = None if text is None else self.format.reference(text, is_worked=example.reference is None)
         choices = self.row_choices(example)
         if found is None or (choices and found not in choices):
             allowed = f"one of {', '.join(choices)}" if choices else "a number"
