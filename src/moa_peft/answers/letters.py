@@ -39,7 +39,7 @@ def extract_letter(text: str, *, choices: Sequence[str], mode: ExtractionMode) -
 
 def _read(text: str, *, choices: tuple[str, ...], mode: ExtractionMode) -> str | None:
     text = plain_latex(text)
-    reasoned = None
+    reasoned, leaves_open = None, False
     for statement in statements(text):
         part = statement.text
         named = list(_mentions(part, choices, stated=True))
@@ -48,8 +48,9 @@ def _read(text: str, *, choices: tuple[str, ...], mode: ExtractionMode) -> str |
             if not statement.is_mark or leads(mentions[0], part):
                 return mentions[0].choice
             reasoned = reasoned or mentions[0].choice
-        elif offers_several(named):
-            return None
+        leaves_open |= not mentions and not statement.is_mark and offers_several(named)
+    if leaves_open:
+        return reasoned if mode != "settled" else None
     text = without_format_lines(text)
     mentions = counted(list(_mentions(text, choices, stated=False)), text, choices=choices)
     judged = judged_right(mentions, text)

@@ -51,7 +51,10 @@ _CONCLUSION = re.compile(
 _CIRCUMSTANCE = re.compile(
     r"(?:In|On|At|By|After|Before|For|With|Over|During|Within|From|If|Since|Because|When|As)\s[^,\n]{1,80}?,\s+(?=[A-Za-z])"
 )
-_CALCULATION = re.compile(r"\([0-9][0-9 ().,+*/\u00d7\u00f7-]*[0-9)]")
+# "(50 - 5) * 2"
+_CALCULATION = re.compile(
+    r"\([0-9][0-9 .,+*/\u00d7\u00f7-]*\)\s?[+*/\u00d7\u00f7-]\s?[0-9(][0-9 ().,+*/\u00d7\u00f7-]*"
+)
 _ASSIGNS = re.compile(r"[,;]\s*(?:so\s+|and\s+)?[a-z]\s?=\s?\Z")
 # "13, no wait, 12"
 _MEANT = re.compile(r",?\s+(?:no,?\s+wait|wait,?\s+no|I\s+mean|scratch\s+that)\b[,:]?", re.IGNORECASE)
@@ -69,8 +72,10 @@ _NO_NUMBER = re.compile(
     re.IGNORECASE,
 )
 # A number and its unit, and nothing else.
-_UNITS = r"(?:[ ]?[A-Za-z%/\u00b0][A-Za-z%/.\u00b2\u00b3]*){0,3}"
-_ALONE = re.compile(rf"[ (*_`$\u20ac\u00a3~-]*[0-9.][0-9,.]*(?:/[0-9]+)?{_UNITS}[ .!)*_`$\]}}]*")
+_UNIT = r"[A-Za-z%/\u00b0][A-Za-z%/.\u00b2\u00b3]*"
+_ALONE = re.compile(
+    rf"[ (*_`$\u20ac\u00a3~-]*[0-9.][0-9,.]*(?:/[0-9]+)?(?:[ ]?{_UNIT}(?:[ ]{_UNIT}){{0,2}})?[ .!)*_`$\]}}]*"
+)
 _EXPLAINED = re.compile(
     rf"\s*({_ALONE.pattern})\n(?:\s*\n\s*(?=[*_#]{{0,6}}[A-Z][a-z])|[*_\s]*(?i:explanation|reason|solution|because)\b)"
 )

@@ -57,7 +57,7 @@ def extract_option(text: str, *, choices: Sequence[str], mode: ExtractionMode) -
 
 def _read(text: str, *, choices: Sequence[str], mode: ExtractionMode) -> str | None:
     text = plain_latex(text)
-    reasoned = None
+    reasoned, leaves_open = None, False
     for statement in statements(text):
         part = statement.text
         named = _mentions(part, choices)
@@ -69,8 +69,9 @@ def _read(text: str, *, choices: Sequence[str], mode: ExtractionMode) -> str | N
                 reasoned, stated = reasoned or stated, None
         if stated is not None:
             return stated
-        if not mentions and offers_several(named):
-            return None
+        leaves_open |= not mentions and not statement.is_mark and offers_several(named)
+    if leaves_open:
+        return reasoned if mode != "settled" else None
     text = without_format_lines(text)
     named = _mentions(text, choices)
     mentions = counted(named, text, choices=choices)
@@ -81,7 +82,7 @@ def _read(text: str, *, choices: Sequence[str], mode: ExtractionMode) -> str | N
         return reasoned
     if not mentions:
         return _yes_or_no(text, choices) if named else _short(text, choices)
-    return _yes_or_no(text.split("\n")[0], choices) or chosen(mentions, text)
+    return _yes_or_no(text.strip().split("\n")[0], choices) or chosen(mentions, text)
 
 
 def _short(part: str, choices: Sequence[str]) -> str | None:

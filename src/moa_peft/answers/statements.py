@@ -45,7 +45,9 @@ _STATEMENT = re.compile(
 )
 # "if the answer is 5", "the wrong answer is 5": words before a statement that make it none.
 _NO_STATEMENT = re.compile(
-    r"\b(?:if|whether|no|not|wrong|incorrect|previous|think)\s+(?:(?:the|an|your|my)\s+)?(?:\w+\s+)?\Z", re.I
+    r"(?:\b(?:if|whether|no|not|wrong|incorrect|previous|(?:might|may|could|would|not)\s+think)|n't\s+think)\s+"
+    r"(?:that\s+)?(?:(?:the|an|your|my)\s+)?(?:\w+\s+)?\Z",
+    re.IGNORECASE,
 )
 # "The answer is 5. Wait, no: the answer is 7": words before a statement that take back the ones before it.
 _CORRECTION = re.compile(
