@@ -73,15 +73,28 @@ def test_the_smoke_study_ends_in_tables(finished: Path) -> None:
     assert "soft_moa" in table and "lora" in table and "## sums: Is LoRA worse?" in table
 
 
-def test_rows_seen_are_those_of_whole_epochs_and_a_rest() -> None:
-    arguments = {"per_device_train_batch_size": 7, "gradient_accumulation_steps": 1, "dataloader_drop_last": False}
-    trained: dict[str, Any] = {"training_arguments": arguments, "data": {"train_rows": 36}, "results": {"steps": 6}}
-    trained["hardware"] = {"processes": 1}
-    assert _rows_seen(trained) == 36
-    trained["results"]["steps"] = 8
-    assert _rows_seen(trained) == 36 + 14
-    arguments["dataloader_drop_last"] = True
-    assert _rows_seen(trained) == 35 + 21
+@pytest.mark.parametrize(
+    ("accumulated", "drop_last", "steps", "expected"),
+    [
+        (1, False, 6, 36),
+        (1, False, 8, 36 + 14),
+        (1, True, 8, 35 + 21),
+        (2, False, 3, 36),
+        (2, True, 3, 35),
+        (2, True, 4, 35 + 14),
+        (9, True, 1, 35),
+    ],
+)
+def test_rows_seen_are_those_of_whole_epochs_and_a_rest(
+    accumulated: int, drop_last: bool, steps: int, expected: int
+) -> None:
+    arguments = {
+        "per_device_train_batch_size": 7,
+        "gradient_accumulation_steps": accumulated,
+        "dataloader_drop_last": drop_last,
+    }
+    about = {"hardware": {"processes": 1}, "data": {"train_rows": 36}, "results": {"steps": steps}}
+    assert _rows_seen({"training_arguments": arguments, **about}) == expected
 
 
 def test_the_rate_with_the_least_validation_loss_is_taken(finished: Path) -> None:

@@ -114,13 +114,16 @@ def test_a_text_is_cut_where_the_answer_is_over(text: str, kept: str) -> None:
         "The answer is 5. Wait, no: the answer is 7.\nNo, the answer is 8.\n### Instruction:\nAdd 4 and 5.",
         "The answer is 5.\n\nWait, that is not right.\n3 * 4 = 12.\nThe answer is 12.\nTom has 3.",
         "<think>\nThe answer is 4.\nNo.\n</think>\nThe answer is 5.\nMary has 7.",
+        "<think>\nLet me see.\nUser: how many?\nThe answer is 4.\n</think>\nThe answer is 45.\nUser: and then?",
+        "The answer is 5." + "\n" * 40,
         "Answer: He sells 9 eggs a day.\nHe makes 9 * 2 = 18.\nThe answer is 18.\nMary has 7.",
     ],
 )
 def test_what_is_cut_off_once_stays_cut_off(text: str) -> None:
     longer = text + " That is so, and the answer is 99."
-    cuts = {cut_answer(longer[:end], NUMBER) for end in range(len(longer)) if is_over(longer[:end], NUMBER)}
-    assert cuts == {cut_answer(text, NUMBER)}
+    over = [longer[:end] for end in range(len(longer)) if is_over(longer[:end], NUMBER)]
+    assert {cut_answer(part, NUMBER) for part in over} == {cut_answer(text, NUMBER)}
+    assert len(over[0]) <= len(cut_answer(text, NUMBER)) + LONGEST_CORRECTION
 
 
 def test_cutting_a_text_changes_no_answer() -> None:
@@ -204,7 +207,7 @@ def test_generation_ends_once_every_row_is_over() -> None:
         predict(index, example.question, number, texts[length], format=NUMBER)
         for index, (example, number, length) in enumerate(zip(examples, ("3", "12"), lengths, strict=True))
     ]
-    assert model.generated_tokens == len("So\n\nThe answer is 12.\n") + LONGEST_CORRECTION
+    assert model.generated_tokens == len("So\n\nThe answer is 12.") + LONGEST_CORRECTION
     model.generated_tokens = 0
     predictions = answer_questions(model, TOKENIZER, examples, legacy=True, **options)
     assert model.generated_tokens == 60 and predictions[0].answers["legacy"] == "3"

@@ -333,7 +333,9 @@ def test_predictions_with_and_without_legacy_answers_are_damage(
     first, *others = (json.loads(line) for line in file.read_text().splitlines())
     first["answers"]["legacy"] = None
     file.write_text("".join(json.dumps(line) + "\n" for line in (first, *others)))
+    before = (out / "results.json").read_bytes()
     assert evaluate(files, out) == 2 and "legacy" in capsys.readouterr().err
+    assert (out / "results.json").read_bytes() == before
 
 
 @pytest.mark.parametrize("scoring", ["generate", "nll", "loglikelihood"])

@@ -260,7 +260,7 @@ def _make_contiguous(_module: Any, args: tuple[torch.Tensor, ...]) -> tuple[torc
 
 
 class _LogitsAreNumbers(LogitsProcessor):
-    """Stops a model that is broken, whose answers would be any token. The first position tells."""
+    """Stops a model that is broken, whose answers would be any token; looked at where an answer begins."""
 
     def __init__(self) -> None:
         self._is_checked = False

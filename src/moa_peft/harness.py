@@ -36,6 +36,9 @@ from moa_peft.harness_results import HarnessResult, read_results
 from moa_peft.layer import MoALayer
 from moa_peft.pooling import PROMPT_MASK
 
+_DEFAULT_NEW_TOKENS = 256
+"""What the harness's own model lets a task write that names no limit."""
+
 
 def check_harness_tasks(
     tasks: Sequence[str],
@@ -69,13 +72,37 @@ def load_harness_tasks(tasks: Sequence[str], *, include_path: str | None = None,
         seed: of tasks that choose their questions at random.
 
     Raises:
-        UserError: see `check_harness_tasks`; the data of a task cannot be loaded.
+        UserError: see `check_harness_tasks`; the data of a task cannot be loaded, or it cannot be run here.
     """
     manager = _manager_of(tasks, include_path=include_path)
     set_seed(seed)
     # The harness prints here and there; standard output belongs to the caller's results.
     with redirect_stdout(sys.stderr):
-        return _load(manager, tasks)
+        loaded = _load(manager, tasks)
+    for name, task in loaded["tasks"].items():
+        _check_kind(name, task)
+    return loaded
+
+
+def check_harness_lengths(model: Any, loaded: Any) -> None:
+    """Refuse loaded tasks whose answers may be longer than a model can write.
+
+    Raises:
+        UserError: naming the task.
+    """
+    from lm_eval.models.utils import normalize_gen_kwargs
+
+    positions = max_positions(model.config)
+    for name, task in loaded["tasks"].items():
+        if positions is None or task.OUTPUT_TYPE != "generate_until":
+            continue
+        settings = normalize_gen_kwargs(task.get_config("generation_kwargs") or {}, _DEFAULT_NEW_TOKENS)
+        wanted = settings.get("max_gen_toks", _DEFAULT_NEW_TOKENS)
+        if wanted >= positions:
+            raise UserError(
+                f"tasks: {name} lets the model write {wanted} tokens (max_gen_toks), and this model has "
+                f"{positions} positions for prompt and answer together. Leave it out, or use another model."
+            )
 
 
 def run_harness(
@@ -104,17 +131,17 @@ def run_harness(
         log_samples: keep every prompt and answer in `HarnessResult.samples`.
 
     Raises:
-        UserError: a setting is out of its range, or a task cannot be run here. All of it before the first forward.
+        UserError: a setting is out of its range, or a task too long for the model; before the first forward.
     """
     _check_settings(limit=limit, num_fewshot=num_fewshot, batch_size=batch_size)
     end_ids = end_token_ids(tokenizer, template="chat") if apply_chat_template else ()
+    check_harness_lengths(model, loaded)
     set_seed(seed)
     with redirect_stdout(sys.stderr):
         was_training = model.training
         try:
             lm = _language_model(model, tokenizer, batch_size=batch_size)
-            for name, task in loaded["tasks"].items():
-                _check_task(name, task, lm)
+            for task in loaded["tasks"].values():
                 _set_fewshot(task, num_fewshot=num_fewshot, seed=seed)
             with greedy_settings(model, lm.tokenizer, end_ids=end_ids):
                 found = _evaluate(
@@ -200,9 +227,7 @@ def _load(manager: Any, tasks: Sequence[str]) -> Any:
         raise UserError(f"tasks: {', '.join(tasks)} could not be loaded. {reason}.\n{advice}") from error
 
 
-def _check_task(name: str, task: Any, lm: Any) -> None:
-    from lm_eval.models.utils import normalize_gen_kwargs
-
+def _check_kind(name: str, task: Any) -> None:
     if getattr(task, "UNSAFE_CODE", False):
         raise UserError(
             f"tasks: {name} runs code that the model writes, which is not done here. Use, in a place where that is "
@@ -210,14 +235,6 @@ def _check_task(name: str, task: Any, lm: Any) -> None:
         )
     if getattr(task, "MULTIMODAL", False):
         raise UserError(f"tasks: {name} has images or sound, and this is a language model. Leave it out.")
-    if task.OUTPUT_TYPE == "generate_until":
-        settings = normalize_gen_kwargs(task.get_config("generation_kwargs") or {}, lm.max_gen_toks)
-        wanted = settings.get("max_gen_toks", lm.max_gen_toks)
-        if wanted >= lm.max_length:
-            raise UserError(
-                f"tasks: {name} lets the model write {wanted} tokens (max_gen_toks), and this model has "
-                f"{lm.max_length} positions for prompt and answer together. Leave it out, or use another model."
-            )
 
 
 def _set_fewshot(task: Any, *, num_fewshot: int | None, seed: int) -> None:

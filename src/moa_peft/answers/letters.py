@@ -48,15 +48,15 @@ def _read(text: str, *, choices: tuple[str, ...], mode: ExtractionMode) -> str |
             if not statement.is_mark or leads(mentions[0], part):
                 return mentions[0].choice
             reasoned = reasoned or mentions[0].choice
-        leaves_open |= not mentions and not statement.is_mark and offers_several(named)
-    if leaves_open:
-        return reasoned if mode != "settled" else None
+        leaves_open = not mentions and not statement.is_mark and offers_several(named, part)
+    if mode == "settled":
+        return None
     text = without_format_lines(text)
     mentions = counted(list(_mentions(text, choices, stated=False)), text, choices=choices)
     judged = judged_right(mentions, text)
-    if judged is not None or mode == "settled":
+    if judged is not None:
         return judged
-    if reasoned is not None or mode == "strict":
+    if reasoned is not None or leaves_open or mode == "strict":
         return reasoned
     return chosen(mentions, text)
 

@@ -30,7 +30,9 @@ _CONDITION = re.compile(
 )
 # "I am not sure if that is true", "I can't say whether it is false": nothing is said about what follows.
 _UNCERTAIN = re.compile(
-    r"(?:\b(?:not|cannot|unable|unsure|sorry)\b|n't\b)[^.!?\n]{0,60}\b(?:if|whether|that)\b[^.!?\n]{0,60}\Z",
+    r"(?:(?:\b(?:not|cannot|unable)\b|n't\b)[^.!?;\n]{0,40}"
+    r"\b(?:sure|certain|clear|know|say|tell|confirm|verify|determine)|\bunsure)"
+    r"\s(?:if|whether|that)\b[^.!?,;\n]{0,60}\Z",
     re.IGNORECASE,
 )
 _QUESTION_BEGINS = re.compile(
@@ -81,14 +83,15 @@ def counted(mentions: Sequence[Mention], text: str, *, choices: Sequence[str]) -
         Those that are neither denied, nor in a list of alternatives, nor in a repetition of the choices.
     """
     kept = [mention for mention in mentions if not _DENIED_AFTER.match(text, mention.end)]
-    denied = {m for m in kept if _DENIED_BEFORE.search(text, max(0, m.start - _LOOK_BACK), m.start)}
-    open_mentions = [mention for mention in kept if mention not in denied]
+    open_mentions = [mention for mention in kept if not _is_denied_before(mention, text)]
     dropped = _alternatives(mentions, text) | _headings(kept, text) | _echoes(open_mentions, text, choices)
     return [mention for mention in open_mentions if mention not in dropped]
 
 
-def offers_several(mentions: Sequence[Mention]) -> bool:
-    """Whether a statement names several choices; if none of them counts, it leaves the choice open."""
+def offers_several(mentions: Sequence[Mention], text: str) -> bool:
+    """Whether a statement names several choices and denies none: if none of them counts, it leaves the choice open."""
+    if any(_DENIED_AFTER.match(text, m.end) or _is_denied_before(m, text) for m in mentions):
+        return False
     return len({mention.choice for mention in mentions}) > 1
 
 
@@ -136,6 +139,10 @@ def judged_right(mentions: Sequence[Mention], text: str) -> str | None:
         and not _CONDITION.search(text, max(0, mention.start - _LOOK_BACK), mention.start)
     }
     return judged.pop() if len(judged) == 1 else None
+
+
+def _is_denied_before(mention: Mention, text: str) -> bool:
+    return _DENIED_BEFORE.search(text, max(0, mention.start - _LOOK_BACK), mention.start) is not None
 
 
 def _alternatives(mentions: Sequence[Mention], text: str) -> set[Mention]:

@@ -1,7 +1,8 @@
 """Numeric answers: reading the number a model gives, and comparing it with the right one.
 
 Two extractors, because a score should say how much of it is format: `strict` takes the number of the first statement
-of an answer and nothing else, `flexible` falls back on the last number of the text.
+of an answer ("Answer:" with reasoning behind it yields to later ones) and nothing else, `flexible` falls back on a
+first line that is a number and is explained below, and on the last number of the text.
 """
 
 import re
@@ -29,6 +30,8 @@ _GIVES = re.compile(
     r"(?:=|\b(?:is|are|was|were|be|equals?|has|have|had|gives?|makes?|costs?|gets?|needs?))"
     r"(?:\s(?:about|only|exactly))?\s*\Z"
 )
+# "She has 12 apples left"
+_OUTCOME = re.compile(r"[^0-9]*[0-9][0-9,.]*[^0-9]*\b(?:left|remaining|in\s(?:total|all)|altogether)[ .!*_]*")
 # Behind these words another thought begins: "6 pieces, or 6 * 2.5 = 15 ounces", "5 because 2 + 3 = 5".
 _BREAK = re.compile(
     r"[;:]|,(?!\s?\$?[0-9])|\band\b(?!\s\$?[0-9])"
@@ -51,6 +54,7 @@ _CONCLUSION = re.compile(
 _CIRCUMSTANCE = re.compile(
     r"(?:In|On|At|By|After|Before|For|With|Over|During|Within|From|If|Since|Because|When|As)\s[^,\n]{1,80}?,\s+(?=[A-Za-z])"
 )
+_DERIVES = re.compile(r"\b(?:twice|double|triple|half|dozen|found|obtained|calculated)\b|%", re.IGNORECASE)
 # "(50 - 5) * 2"
 _CALCULATION = re.compile(
     r"\([0-9][0-9 .,+*/\u00d7\u00f7-]*\)\s?[+*/\u00d7\u00f7-]\s?[0-9(][0-9 ().,+*/\u00d7\u00f7-]*"
@@ -60,7 +64,7 @@ _ASSIGNS = re.compile(r"[,;]\s*(?:so\s+|and\s+)?[a-z]\s?=\s?\Z")
 _MEANT = re.compile(r",?\s+(?:no,?\s+wait|wait,?\s+no|I\s+mean|scratch\s+that)\b[,:]?", re.IGNORECASE)
 # Numbers that name a place or a precision: "in question 3", "rounded to 2 decimal places".
 _NO_AMOUNT = re.compile(
-    r"\b(?:in|on|at|see|from)\s+(?:the\s+)?(?:question|step|page|part|problem|figure|table|section|line|example)\s+[0-9]+"
+    r"\b(?:in|on|at|see|from)\s+(?:the\s+)?(?:question|step|part|problem|figure|table|section|example)\s+[0-9]+"
     r"|\brounded\s+(?:off\s+)?to\s+(?:the\s+nearest\s+[a-z]+|[0-9]+\s+(?:decimals?|significant)(?:\s+[a-z]+)?)[:,]?",
     re.IGNORECASE,
 )
@@ -74,10 +78,12 @@ _NO_NUMBER = re.compile(
 # A number and its unit, and nothing else.
 _UNIT = r"[A-Za-z%/\u00b0][A-Za-z%/.\u00b2\u00b3]*"
 _ALONE = re.compile(
-    rf"[ (*_`$\u20ac\u00a3~-]*[0-9.][0-9,.]*(?:/[0-9]+)?(?:[ ]?{_UNIT}(?:[ ]{_UNIT}){{0,2}})?[ .!)*_`$\]}}]*"
+    rf"[ (*_`$\u20ac\u00a3~-]{{0,6}}\.?[0-9][0-9,.]{{0,30}}(?:/[0-9]+)?"
+    rf"(?:[ ]?{_UNIT}(?:[ ]{_UNIT}){{0,2}})?[ .!)*_`$\]}}]{{0,6}}"
 )
 _EXPLAINED = re.compile(
-    rf"\s*({_ALONE.pattern})\n(?:\s*\n\s*(?=[*_#]{{0,6}}[A-Z][a-z])|[*_\s]*(?i:explanation|reason|solution|because)\b)"
+    rf"\s{{0,9}}({_ALONE.pattern})\n"
+    r"(?:[ \t]{0,9}\n\s{0,9}(?=[*_#]{0,6}[A-Z][a-z])|[*_\s]{0,9}(?i:explanation|reason|solution|because)\b)"
 )
 _LEADING_MINUS = re.compile(r"\A-\s+(?=[$.0-9])")
 _NEGATED = re.compile(r"\b(?:not|neither|nor|never)\s+(?:equal\s+to\s+)?\Z", re.IGNORECASE)
@@ -137,14 +143,15 @@ def _read(text: str, *, mode: ExtractionMode) -> float | None:
         if not statement.is_mark or _ALONE.fullmatch(statement.text):
             return stated
         # "Answer: Janet sells 9 eggs a day. She makes 9 * 2 = $18."
-        if reasoned is None and not NUMBER.search(statement.rest):
+        if reasoned is None and (_OUTCOME.fullmatch(statement.text) or not NUMBER.search(statement.rest)):
             reasoned = stated
     if mode == "settled":
         return None
     if reasoned is not None or mode == "strict":
         return reasoned
     first = _EXPLAINED.match(text)
-    return _stated_number(first[1]) if first else _last_number(text)
+    stated = _stated_number(first[1]) if first else None
+    return _last_number(text) if stated is None else stated
 
 
 def _stated_number(part: str) -> float | None:
@@ -208,8 +215,9 @@ def _is_conclusion(part: str, numbers: list[re.Match[str]]) -> bool:
     places = [match for match in _CONCLUSION.finditer(part) if match.end() <= last.start()]
     if not places or before[-1].start() > places[-1].start():
         return False
-    # "12 apples, so he has 3 more": the answer stands alone, what follows it is another thought.
-    return not _ALONE.fullmatch(part, 0, places[-1].start()) and not (places[-1]["alternative"] and len(before) < 2)
+    # "12 apples, so he has 3 more": what follows an answer is another thought, what follows a calculation its result.
+    is_derived = _DERIVES.search(part, 0, places[-1].start()) and not places[-1]["alternative"]
+    return len(before) > 1 or bool(is_derived)
 
 
 def _last_number(text: str) -> float | None:

@@ -69,16 +69,16 @@ def _read(text: str, *, choices: Sequence[str], mode: ExtractionMode) -> str | N
                 reasoned, stated = reasoned or stated, None
         if stated is not None:
             return stated
-        leaves_open |= not mentions and not statement.is_mark and offers_several(named)
-    if leaves_open:
-        return reasoned if mode != "settled" else None
+        leaves_open = not mentions and not statement.is_mark and offers_several(named, part)
+    if mode == "settled":
+        return None
     text = without_format_lines(text)
     named = _mentions(text, choices)
     mentions = counted(named, text, choices=choices)
     judged = judged_right(mentions, text)
-    if judged is not None or mode == "settled":
+    if judged is not None:
         return judged
-    if reasoned is not None or mode == "strict":
+    if reasoned is not None or leaves_open or mode == "strict":
         return reasoned
     if not mentions:
         return _yes_or_no(text, choices) if named else _short(text, choices)

@@ -34,10 +34,15 @@ _QUESTION = re.compile(
 _DIGIT = re.compile(r"[0-9]")
 
 
-def without_thoughts(text: str) -> str:
-    """What follows the last block of thoughts, up to an end token; nothing while a block is open."""
-    behind = _THOUGHT_BEGIN.split(_THOUGHT_END.split(text)[-1])[0]
-    return next((piece for piece in _END_TOKEN.split(behind) if piece.strip()), "")
+def end_of_thoughts(text: str) -> int | None:
+    """Where the last block of thoughts ends, 0 without one; None while a block is open."""
+    end = max((match.end() for match in _THOUGHT_END.finditer(text)), default=0)
+    return None if _THOUGHT_BEGIN.search(text, end) else end
+
+
+def opens_thoughts(prompt: str) -> bool:
+    """Whether a prompt ends with the beginning of a block of thoughts, as some chat templates write it."""
+    return prompt.rstrip().endswith("<think>")
 
 
 def next_turn(text: str) -> int | None:
@@ -49,14 +54,20 @@ def next_turn(text: str) -> int | None:
 
 
 def own_answer(text: str, *, holds_answer: Callable[[str], bool]) -> str:
-    """The text up to where a next turn or question begins, with typewriter quotes.
+    """What follows the thoughts, up to an end token or where a next turn or question begins, with typewriter quotes.
+
+    Text that is struck out ("~~13~~ 12") is left out. While thoughts go on, there is no answer.
 
     Args:
         text: what a model wrote.
         holds_answer: whether a piece of text holds an answer. A question ends the text only behind one: before it, the
             text repeats its own question ("Sure!", "Question: ...", "Answer: 7").
     """
-    text = _STRUCK_OUT.sub("", without_thoughts(text)[: next_turn(text)].translate(_QUOTES))
+    thought = end_of_thoughts(text)
+    if thought is None:
+        return ""
+    text = next((piece for piece in _END_TOKEN.split(text[thought:]) if piece.strip()), "")
+    text = _STRUCK_OUT.sub("", text[: next_turn(text)].translate(_QUOTES))
     begin = 0
     for match in _QUESTION.finditer(text):
         # Piece by piece: reading all that stands before every question would cost the square of the text.

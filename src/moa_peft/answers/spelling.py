@@ -53,7 +53,6 @@ def plain_numbers(text: str) -> str:
     text = _DOTS_AND_COMMA.sub(lambda match: match[0].replace(".", "").replace(",", "."), text)
     text = _MARKED_GROUPS.sub(lambda match: match[0].replace("'", "").replace("_", ""), text)
     text = _DOTTED_GROUPS.sub(lambda match: match[0].replace(".", ""), text)
-    text = _DECIMAL_COMMA.sub("0.", text)
     text = _ABBREVIATION.sub(" ", plain_latex(text))
     for pattern, plain in _REWRITTEN:
         text = pattern.sub(plain, text)
@@ -62,5 +61,5 @@ def plain_numbers(text: str) -> str:
 
 def join_number(part: str) -> str:
     """A statement with "1 234 567", "3,5 hours" and "3-1/2" as one number; in running text they may be several."""
-    part = _HYPHENATED.sub(r"\1 \2", _COMMA_BEFORE_UNIT.sub(r"\1.\2", part))
+    part = _HYPHENATED.sub(r"\1 \2", _COMMA_BEFORE_UNIT.sub(r"\1.\2", _DECIMAL_COMMA.sub("0.", part)))
     return _BLANK_GROUPS.sub(lambda match: match[0].replace(" ", ""), part)

@@ -58,13 +58,15 @@ _CORRECTION = re.compile(
 _CORRECTION_REACH = 60
 # A line that begins like this takes back what stands above it, however long it goes on.
 _CORRECTING_LINE = re.compile(
-    r"\n[\s*_>]{0,8}(?:(?:but\s|oh,?\s)?(?:wait|hold\s+on)\b|hmm|oops|correction\b|actually\b|sorry\b|no[,.!:]"
-    r"|scratch\s+that|on\s+second\s+thought|let\s+me\s+(?:re|double|check|try)|i\s+made\s+a\s+mistake|the\s+answer\s+is\s+wrong"
-    r"|that(?:'s|\s+is)\s+(?:not\s+right|wrong|incorrect))",
+    r"\n[\s*_>]{0,8}(?:(?:but\s|oh,?\s)?(?:wait|hold\son)\b|hmm|oops|correction\b|actually\b|sorry\b|no[,!:]|no\.(?!\s?[0-9])"
+    r"|scratch\sthat|on\ssecond\sthought|i\smade\sa\smistake|the\sanswer\sis\swrong"
+    r"|let\sme\s(?:re-?(?:check|calc|consider|do\b|compute|examine|evaluate|think)|double|check|try)"
+    r"|that(?:'s|\sis)\s(?:not\sright|wrong|incorrect))",
     re.IGNORECASE,
 )
-# "The answer is wrong, let me try again."
+# "The answer is wrong, let me try again", but not "any other answer is wrong".
 _IS_WRONG = re.compile(r"(?:wrong|incorrect|not\s+right)\b", re.IGNORECASE)
+_ANOTHER = re.compile(r"\b(?:other|another|any|every|each|his|her|their|\w+'s)\s+\Z", re.IGNORECASE)
 LONGEST_CORRECTION = 28
 """Characters of a line within which it is known whether it takes back an answer."""
 # A dash at the beginning of the next line is a bullet, not a minus.
@@ -72,18 +74,25 @@ _LEAD = re.compile(r"""(?:\n\s*[-\u2022]\s+|[\s:*_`~"'>]|</?[a-z]{1,8}>|\$\$|\\\
 # "Answer:" above numbered steps: their numbers are not answers.
 _LIST_BEGINS = re.compile(r"1[.)]\s+\S")
 _MAX_PART = 400
-_NAMED_BEGINNING = (
-    r"[A-Z][a-z]{1,15}\s(?:has|have|had|is|are|was|were|will|can|buys?|bought|gave|gives|wants?|needs?|gets?)\b"
-)
-_NEXT_SENTENCE = rf"(?:(?:The|There|This|So|If|He|She|It|They|We|Question|Explanation|Note|Step)\b|{_NAMED_BEGINNING})"
+_MAX_REST = 2000
 _SENTENCE_END = re.compile(
     # "3! = 6" is a factorial.
-    rf"\n|</answer>|(?:[.?]|!(?!\s{{0,8}}[=*\u00d7]))(?=\s|$|[A-Za-z<])"
-    # Run-on text without a full stop: "12 kg Tom has 3", "12 | ...", "12 - Tom", "12 the answer is 13", "12 ### ...".
-    rf"|(?<=[0-9])(?!\s(?:hundred|thousand|[mbt]r?illion)\b)(?:\s[a-z/]{{1,12}}){{0,4}}(?=\s{{0,4}}{_NEXT_SENTENCE})|\s(?:\||\#\#|--|\[[A-Z]|[-\u2013\u2014]\s(?={_NEXT_SENTENCE}))"
-    r"|(?<=[0-9])\s{0,4}(?=(?i:the\sanswer\sis)\b)"
+    r"\n|</answer>|(?:[.?]|!(?!\s{0,8}[=*\u00d7]))(?=\s|$|[A-Za-z<])"
+    # "12 | Tom has 3", "12 ### Question", "12 -- Tom has 3", "12 [End of answer]"
+    r"|\s(?:\||\#\#|--|\[(?=[A-Z][A-Za-z])|[-\u2013\u2014]\s(?=[A-Z][a-z]))"
     # The next key of a JSON object.
     r"|,(?=\s{0,4}[\"']\w{1,30}[\"']\s{0,4}:)"
+)
+# Text that runs on behind a number without a full stop: "12 kg Tom has 3", "12The answer is 13".
+_RUNS_ON = re.compile(
+    r"[$\u20ac\u00a3(*_-]{0,4}[0-9][0-9,.]{0,20}(?:/[0-9]{1,9})?(?!\s(?:hundred|thousand|million|billion|trillion)\b)"
+    r"(?:\s[a-z/]{1,12}){0,4}(?=\s{0,4}(?:"
+    r"(?:The|There|This|So|If|He|She|It|They|We|Question|Explanation|Note|Step)\b|(?i:the\sanswer\sis)\b"
+    r"|[A-Z][a-z]{1,15}\s(?:has|have|had|is|are|was|were|will|can|buys?|bought|gave|gives|wants?|needs?|gets?)\b))"
+)
+# Paragraphs that look back on the answer above them.
+_LOOKS_BACK = re.compile(
+    r"\n\s*\n[\s*_#]{0,9}(?:explanation|reason|because|note|proof|check|verification)", re.IGNORECASE
 )
 
 
@@ -94,7 +103,7 @@ class Statement:
     Attributes:
         text: what it says, up to the end of its sentence.
         is_mark: whether it is a mere "Answer:", behind which the reasoning may begin.
-        rest: what follows in the same paragraph.
+        rest: what follows, up to a paragraph that explains it.
     """
 
     text: str
@@ -112,10 +121,9 @@ def statements(text: str) -> list[Statement]:
     found: list[Statement] = []
     end = 0
     for match in _STATEMENT.finditer(text):
-        previous, since = end, max(end, match.start() - _CORRECTION_REACH)
+        since = max(end, match.start() - _CORRECTION_REACH)
         if match["boxed"]:
-            part = _braces(text, match.end())
-            end = match.end()
+            part, stop = _braces(text, match.end()), match.end()
         else:
             if _NO_STATEMENT.search(text, max(0, match.start() - 40), match.start()):
                 continue
@@ -123,27 +131,36 @@ def statements(text: str) -> list[Statement]:
             start = lead.end() if lead else match.end()
             if _LIST_BEGINS.match(text, start) and "\n" in text[match.end() : start]:
                 continue
-            limit = min(len(text), start + _MAX_PART)
-            sentence_end = _SENTENCE_END.search(text, start, limit)
-            end = sentence_end.start() if sentence_end else limit
-            part = text[start:end]
+            stop = _end_of_part(text, start)
+            part = text[start:stop]
             if match["hashes"]:
                 line = text[start : start + _MAX_PART].split("\n", 1)[0].strip()
-                ends_in_stop = text[end : end + 1] in ".?!"
+                ends_in_stop = text[stop : stop + 1] in ".?!"
                 if ":" in part or (ends_in_stop and line.rstrip(".!").strip() != part.strip()):
                     continue
-        if (
-            _CORRECTION.search(text, since, match.start())
-            or _CORRECTING_LINE.search(text, previous, match.start())
-            or _IS_WRONG.match(part)
-        ):
-            found.clear()
-        if not match["boxed"] and "\\boxed" in part:
+        is_wrong = _IS_WRONG.match(part)
+        if is_wrong and _ANOTHER.search(text, max(0, match.start() - 20), match.start()):
             continue
-        rest = text[end : end + _MAX_PART].partition("\n\n")[0]
+        corrected = _CORRECTION.search(text, since, match.start()) or _CORRECTING_LINE.search(text, end, match.start())
+        if is_wrong or corrected:
+            found.clear()
+        # A box inside follows as a statement of its own.
+        if is_wrong or ("\\boxed" in part and not match["boxed"]):
+            continue
+        end = stop
+        rest = _LOOKS_BACK.split(text[end : end + _MAX_REST])[0]
         is_mark = match["mark"] is not None or (match["heading"] is not None and match["final"] is None)
         found.append(Statement(text=part, is_mark=is_mark, rest=rest))
     return found
+
+
+def _end_of_part(text: str, start: int) -> int:
+    """Where the sentence ends that a statement begins at `start`."""
+    limit = min(len(text), start + _MAX_PART)
+    sentence_end = _SENTENCE_END.search(text, start, limit)
+    end = sentence_end.start() if sentence_end else limit
+    runs_on = _RUNS_ON.match(text, start, end)
+    return runs_on.end() if runs_on else end
 
 
 def taken_back(text: str, newline: int) -> bool:

@@ -34,7 +34,7 @@ _DENOMINATORS = {
 _FRACTION = re.compile(
     rf"(?P<added> and an?)?[ -](?P<part>{'|'.join(_DENOMINATORS)})s?\b(?P<of> of\b)?", re.IGNORECASE
 )
-_HALF = re.compile(r"\s*an?\s+half\b(?!\s+(?:of|an?|the|as)\b|-)|\s*half\s*[.!]*\Z", re.IGNORECASE)
+_HALF = re.compile(r"\s*an?\s+half\b(?!\s+(?:of|an?|the|as|dozen)\b|-)|\s*half\s*[.!]*\Z", re.IGNORECASE)
 _ONLY = re.compile(r"\s*(?:(?:just|only|exactly|about|approximately)\s+)?\Z", re.IGNORECASE)
 # "two-step" and "one of them" are no numbers.
 _OTHER = re.compile(r"-[a-z]|(?<=\bone)\s+(?:of|or|who|which|that)\b", re.IGNORECASE)
@@ -44,8 +44,8 @@ def first_number_in_words(text: str) -> tuple[float, re.Match[str]] | None:
     """The first number that a text has in words, and where it stands.
 
     Returns:
-        Its value and its place; None where there is none, or a share of something else ("two thirds of 12"), or a
-        mere "one".
+        Its value and its place; None where there is none, or a share of something else ("two thirds of 12"), an
+        ordinal ("twenty-fifth"), or a "one" that may be a pronoun.
     """
     half = _HALF.match(text)
     if half is not None:
@@ -56,7 +56,8 @@ def first_number_in_words(text: str) -> tuple[float, re.Match[str]] | None:
     value = _value(re.findall(_WORD, match["words"].lower()))
     fraction = _FRACTION.match(text, match.end())
     if fraction is not None:
-        if fraction["of"]:
+        is_ordinal = match[0].lower().endswith(_TENS) and not fraction["added"]
+        if fraction["of"] or is_ordinal:
             return None
         denominator = _DENOMINATORS[fraction["part"].lower()]
         value = value + 1 / denominator if fraction["added"] else value / denominator

@@ -108,7 +108,7 @@ def evaluate(
     from moa_peft.data import Template
     from moa_peft.data.templates import check_template
     from moa_peft.evaluation.folder import EvaluationFolder
-    from moa_peft.evaluation.run import ScoringSettings, check_libraries, check_set_lengths, check_sets
+    from moa_peft.evaluation.run import ScoringSettings, check_libraries, check_set_lengths, check_sets, check_stored
     from moa_peft.evaluation.selection import select_sets
 
     check_choice("--template", template, Template)
@@ -151,7 +151,7 @@ def evaluate(
     of_harness: dict[str, Any] = {"num_fewshot": num_fewshot, "limit": limit, "batch_size": batch_size}
     loaded_tasks: Any = None
     if harness_tasks:
-        from moa_peft.harness import check_harness_tasks, load_harness_tasks
+        from moa_peft.harness import check_harness_lengths, check_harness_tasks, load_harness_tasks
 
         check_harness_tasks(harness_tasks, include_path=include_path, **of_harness)
         loaded_tasks = load_harness_tasks(harness_tasks, include_path=include_path)
@@ -164,6 +164,8 @@ def evaluate(
         check_set_lengths(loaded.model, loaded.tokenizer, sets, settings)
         if code is not None:
             check_code_lengths(loaded.model, loaded.tokenizer, code)
+        if harness_tasks:
+            check_harness_lengths(loaded.model, loaded_tasks)
         about |= {"template": settings.template, "max_new_tokens": max_new_tokens, "legacy": legacy}
         if folder is not None:
             about_sets = {questions.name: _about_set(questions) for questions in sets}
@@ -175,6 +177,7 @@ def evaluate(
                 scorings=settings.scorings,
                 harness=harness_tasks,
                 overwrite=overwrite,
+                check=lambda: check_stored(folder, sets, settings),
             )
 
         def save() -> None:

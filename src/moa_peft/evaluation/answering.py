@@ -9,7 +9,6 @@ answer is over (`cut_answer`), which depends on the text alone, and generation e
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Sequence
 from functools import lru_cache
 from typing import Any
@@ -18,7 +17,7 @@ from rich.console import Console
 from transformers import PreTrainedTokenizerBase
 
 from moa_peft.answers import AnswerFormat
-from moa_peft.answers.own_text import next_turn
+from moa_peft.answers.own_text import end_of_thoughts, next_turn, opens_thoughts
 from moa_peft.answers.statements import LONGEST_CORRECTION, taken_back
 from moa_peft.data import Example, Template, end_token_ids, render_prompt
 from moa_peft.evaluation.predictions import Prediction
@@ -67,11 +66,13 @@ def answer_questions(
     chosen = list(range(len(examples))) if indices is None else list(indices)
     prompts = [render_prompt(examples[index], tokenizer, template=template) for index in chosen]
     predictions: dict[int, Prediction] = {}
+    # The thoughts are the model's, also where the prompt has opened them.
+    lead = "<think>" if prompts and opens_thoughts(str(tokenizer.decode(prompts[0][-20:]))) else ""
 
     def collect(texts: dict[int, str]) -> None:
         batch = [
-            predict(chosen[place], examples[chosen[place]].question, references[chosen[place]], text, format=format,
-                    legacy=legacy)
+            predict(chosen[place], examples[chosen[place]].question, references[chosen[place]], lead + text,
+                    format=format, legacy=legacy)
             for place, text in sorted(texts.items())
         ]  # fmt: skip
         predictions.update((prediction.index, prediction) for prediction in batch)
@@ -85,7 +86,7 @@ def answer_questions(
         max_new_tokens=max_new_tokens,
         batch_size=batch_size,
         end_ids=end_token_ids(tokenizer, template=template),
-        is_over=None if legacy else lambda text: is_over(text, format),
+        is_over=None if legacy else lambda text: is_over(lead + text, format),
         names=[examples[index].where for index in chosen],
         on_batch=collect,
         console=console,
@@ -127,28 +128,35 @@ def predict(
 def cut_answer(text: str, format: AnswerFormat) -> str:
     """The text up to where its answer is over: the first line that ends with an answer stated, or the next turn.
 
-    Blank lines and headings of its own ("### Step 2") end nothing: worked answers have them between their steps. A
-    line that the next one takes back ("Wait, ...") does not end it either.
+    Blank lines and headings of its own ("### Step 2") end nothing: worked answers have them between their steps. Nor
+    does a line that the next one takes back ("Wait, ..."), or what is stated in thoughts.
     """
-    text = text[: next_turn(text)]
-    begin = 0
-    for newline in re.finditer(r"\n", text):
-        if not _is_settled(text[begin : newline.end()], format):
-            continue
-        if not taken_back(text, newline.start()):
-            return text[: newline.start()]
-        begin = newline.end()
+    begin = end_of_thoughts(text)
+    if begin is None:
+        return text
+    turn = next_turn(text[begin:])
+    text = text if turn is None else text[: begin + turn]
+    newline = text.find("\n", begin)
+    while newline >= 0:
+        if _is_settled(text[begin : newline + 1], format):
+            if not taken_back(text, newline):
+                return text[:newline]
+            begin = newline + 1
+        newline = text.find("\n", newline + 1)
     return text
 
 
 # While a text is written, its lines are read after every token.
-@lru_cache(maxsize=4096)
+@lru_cache(maxsize=16384)
 def _is_settled(text: str, format: AnswerFormat) -> bool:
     return format.is_settled(text)
 
 
 def is_over(text: str, format: AnswerFormat) -> bool:
-    """Whether no continuation of a text changes what `cut_answer` returns for it."""
+    """Whether no continuation of a text changes what `cut_answer` returns for it, unless it begins to think again."""
     cut = cut_answer(text, format)
-    behind = text[len(cut) :].lstrip()
-    return len(behind) >= LONGEST_CORRECTION or next_turn(text) == len(cut) < len(text)
+    if len(text) - len(cut) >= LONGEST_CORRECTION:
+        return True
+    begin = end_of_thoughts(text)
+    turn = None if begin is None else next_turn(text[begin:])
+    return turn is not None and begin is not None and begin + turn == len(cut)

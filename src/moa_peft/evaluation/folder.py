@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -100,6 +100,7 @@ class EvaluationFolder:
         scorings: Sequence[str] = (),
         harness: Sequence[str] = (),
         overwrite: bool = False,
+        check: Callable[[], None] | None = None,
     ) -> None:
         """Start an evaluation, or go on with one, and say so in results.json.
 
@@ -110,6 +111,7 @@ class EvaluationFolder:
             scorings: how the sets are to be scored, but for code tasks; complete results have all that was ever asked.
             harness: tasks of lm-evaluation-harness that are to be scored.
             overwrite: delete earlier results first.
+            check: looks at the earlier predictions, and raises where they are damaged.
 
         Raises:
             UserError: earlier results are of other settings or other rows, or damaged, or predictions are there that
@@ -136,10 +138,14 @@ class EvaluationFolder:
         for name in sets:
             for scoring in KINDS:
                 self.predictions(name, scoring).read()
+        if check is not None:
+            check()
         self._settings = dict(settings)
         self._sets = dict(before.get("sets", {}))
         for name, about in sets.items():
-            earlier = self._sets.get(name, {})
+            earlier = dict(self._sets.get(name, {}))
+            if not self._scored_parts(earlier):
+                earlier.pop("parts_digest", None)
             asked = [*earlier.get("asked", ()), *(("code",) if "sampling" in about else scorings)]
             self._sets[name] = {**earlier, **about, "asked": list(dict.fromkeys(asked))}
         self._harness = before.get("harness", {})
@@ -231,8 +237,12 @@ class EvaluationFolder:
                 f"--train: {str(self.path)!r} shows questions of {name} apart that occur in training rows, which "
                 "would be lost. Give the same --train again, or another folder."
             )
-        keys = [key for key in now if key != "parts_digest" or key in before]
+        keys = [key for key in now if key != "parts_digest" or self._scored_parts(before)]
         self._check_equal(f"the set {name}", {key: before.get(key) for key in keys}, {key: now[key] for key in keys})
+
+    @staticmethod
+    def _scored_parts(content: Mapping[str, Any]) -> bool:
+        return any("parts" in content.get(scoring, {}) for scoring in KINDS)
 
     def _check_equal(self, what: str, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
         # The same model may be called by another path; its digests are compared.

@@ -226,6 +226,13 @@ def stored_predictions(folder: EvaluationFolder, questions: QuestionSet, scoring
     return records
 
 
+def check_stored(folder: EvaluationFolder, sets: Sequence[QuestionSet], settings: ScoringSettings) -> None:
+    """Refuse a folder whose predictions are damaged; see `stored_predictions`."""
+    for questions in sets:
+        for scoring in settings.scorings:
+            stored_predictions(folder, questions, scoring)
+
+
 def _checked(record: Any, questions: QuestionSet, wanted: set[int], path: Path) -> Any:
     """A prediction from a file, if it is of this set."""
     if record.index not in wanted or record.question != questions.examples[record.index].question:

@@ -173,15 +173,13 @@ def _score(
 def _rows_seen(trained: Mapping[str, Any]) -> int:
     """Training rows seen, over all steps; the last step of an epoch has what is left of the rows."""
     arguments, rows = trained["training_arguments"], trained["data"]["train_rows"]
-    per_step = (
-        arguments["per_device_train_batch_size"]
-        * arguments["gradient_accumulation_steps"]
-        * trained["hardware"]["processes"]
-    )
+    batch = arguments["per_device_train_batch_size"] * trained["hardware"]["processes"]
     if arguments["dataloader_drop_last"]:
-        rows -= rows % per_step
-    epochs, steps = divmod(trained["results"]["steps"], math.ceil(rows / per_step))
-    return epochs * rows + steps * per_step
+        rows -= rows % batch
+    accumulated = arguments["gradient_accumulation_steps"]
+    steps_per_epoch = max(1, math.ceil(math.ceil(rows / batch) / accumulated))
+    epochs, steps = divmod(trained["results"]["steps"], steps_per_epoch)
+    return epochs * rows + steps * batch * accumulated
 
 
 def _item_scores(data: StudyData, evaluation: EvaluationFolder) -> list[ItemScores]:
