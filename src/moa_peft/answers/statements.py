@@ -103,7 +103,7 @@ class Statement:
     Attributes:
         text: what it says, up to the end of its sentence.
         is_mark: whether it is a mere "Answer:", behind which the reasoning may begin.
-        rest: what follows, up to a paragraph that explains it.
+        rest: what follows a mark's sentence, up to a paragraph that explains it; empty for others.
     """
 
     text: str
@@ -148,8 +148,8 @@ def statements(text: str) -> list[Statement]:
         if is_wrong or ("\\boxed" in part and not match["boxed"]):
             continue
         end = stop
-        rest = _LOOKS_BACK.split(text[end : end + _MAX_REST])[0]
         is_mark = match["mark"] is not None or (match["heading"] is not None and match["final"] is None)
+        rest = _LOOKS_BACK.split(text[end : end + _MAX_REST])[0] if is_mark else ""
         found.append(Statement(text=part, is_mark=is_mark, rest=rest))
     return found
 
