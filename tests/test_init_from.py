@@ -100,7 +100,7 @@ def test_only_the_new_adapter_starts_from_it(tmp_path):
     assert not torch.allclose(logits(model), base, atol=1e-2)
 
 
-def _refused(config: MoAConfig, message: str, family: str = "llama") -> None:
+def assert_refused(config: MoAConfig, message: str, family: str = "llama") -> None:
     model = tiny_model(family)
     before = footprint(model)
     with pytest.raises(UserError, match=message):
@@ -110,17 +110,17 @@ def _refused(config: MoAConfig, message: str, family: str = "llama") -> None:
 
 def test_dora_is_refused(tmp_path):
     lora_adapter(tmp_path, use_dora=True)
-    _refused(soft(init_from=str(tmp_path)), "uses DoRA")
+    assert_refused(soft(init_from=str(tmp_path)), "uses DoRA")
 
 
 def test_a_larger_rank_is_refused(tmp_path):
     lora_adapter(tmp_path, r=16)
-    _refused(soft(init_from=str(tmp_path), rank=8), "has rank 16 at .*the expert has rank 8.*rank 16 or more")
+    assert_refused(soft(init_from=str(tmp_path), rank=8), "has rank 16 at .*the expert has rank 8.*rank 16 or more")
 
 
 def test_another_base_is_refused(tmp_path):
     lora_adapter(tmp_path, "gpt2", target_modules=["c_attn"], fan_in_fan_out=True)
-    _refused(soft(init_from=str(tmp_path)), "holds LoRA weights for 2 layers without a LoRA expert.*c_attn")
+    assert_refused(soft(init_from=str(tmp_path)), "holds LoRA weights for 2 layers without a LoRA expert.*c_attn")
 
 
 def test_another_size_is_refused(tmp_path):
@@ -134,7 +134,7 @@ def test_another_size_is_refused(tmp_path):
 
 def test_layers_without_an_expert_are_refused(tmp_path):
     lora_adapter(tmp_path, target_modules=["q_proj", "gate_proj"])
-    _refused(
+    assert_refused(
         soft(init_from=str(tmp_path)), r"holds LoRA weights for 2 layers without a LoRA expert, such as .*gate_proj"
     )
 
@@ -142,14 +142,14 @@ def test_layers_without_an_expert_are_refused(tmp_path):
 def test_an_expert_of_another_type_does_not_take_lora_weights(tmp_path):
     lora_adapter(tmp_path, target_modules=["q_proj"])
     config = MoAConfig(experts=[{"type": "parallel"}], init_from=str(tmp_path), task_type="CAUSAL_LM")
-    _refused(config, "holds LoRA weights for 2 layers without a LoRA expert")
+    assert_refused(config, "holds LoRA weights for 2 layers without a LoRA expert")
 
 
 def test_other_methods_are_refused(tmp_path):
     prefix = get_peft_model(tiny_model("llama"), PrefixTuningConfig(num_virtual_tokens=2, task_type="CAUSAL_LM"))
     prefix.save_pretrained(tmp_path)
-    _refused(soft(init_from=str(tmp_path)), "only LoRA adapters can start experts")
+    assert_refused(soft(init_from=str(tmp_path)), "only LoRA adapters can start experts")
 
 
 def test_a_missing_folder_is_refused(tmp_path):
-    _refused(soft(init_from=str(tmp_path / "nowhere")), "cannot be read as a PEFT adapter.*adapter_config.json")
+    assert_refused(soft(init_from=str(tmp_path / "nowhere")), "cannot be read as a PEFT adapter.*adapter_config.json")

@@ -48,7 +48,7 @@ def top(scores: list[list[float]], k: int) -> Routing:
     return Routing(weights=weights / weights.sum(-1, keepdim=True), scores=p)
 
 
-def close(found: torch.Tensor, expected: float) -> None:
+def assert_number(found: torch.Tensor, expected: float) -> None:
     torch.testing.assert_close(found.item(), expected, rtol=1e-6, atol=1e-7)
 
 
@@ -56,7 +56,7 @@ def test_balance_by_hand():
     routing = top([[0.9, 0.1], [0.6, 0.4], [0.2, 0.8]], k=1)
     found = value(loss("balance"), routing)
     # f = (2/3, 1/3), P = (1.7/3, 1.3/3)
-    close(found, 2 * (2 * 1.7 + 1 * 1.3) / 9)
+    assert_number(found, 2 * (2 * 1.7 + 1 * 1.3) / 9)
     (gradient,) = torch.autograd.grad(found, routing.scores)
     # E f_i / N through P alone: f has no gradient.
     torch.testing.assert_close(gradient, torch.tensor([[4 / 9, 2 / 9]]).expand(3, 2))
@@ -64,14 +64,14 @@ def test_balance_by_hand():
 
 def test_the_load_of_top_k_adds_up_to_k():
     even = [[1 / 3, 1 / 3, 1 / 3]] * 4
-    close(value(loss("balance"), top(even, k=2)), 2.0)
-    close(value(loss("balance", normalised=True), top(even, k=2)), 1.0)
+    assert_number(value(loss("balance"), top(even, k=2)), 2.0)
+    assert_number(value(loss("balance", normalised=True), top(even, k=2)), 1.0)
 
 
 def test_balance_by_mean_weights():
     routing = top([[0.9, 0.1], [0.6, 0.4], [0.2, 0.8]], k=2)
     found = value(loss("balance", load="weights"), routing)
-    close(found, 2 * (1.7**2 + 1.3**2) / 9)
+    assert_number(found, 2 * (1.7**2 + 1.3**2) / 9)
     (gradient,) = torch.autograd.grad(found, routing.weights)
     torch.testing.assert_close(gradient, 2 / 9 * torch.tensor([[1.7, 1.3]]).expand(3, 2))
 
@@ -81,29 +81,29 @@ def test_balance_above_the_threshold_can_be_negative():
     tau = torch.tensor([[0.7], [0.8]], requires_grad=True)
     routing = Routing(weights=routing.weights, scores=routing.scores, threshold=tau)
     found = value(loss("balance", importance="above_threshold"), routing)
-    close(found, 3 * (1.1 - 1.5) / 2)
+    assert_number(found, 3 * (1.1 - 1.5) / 2)
     (gradient,) = torch.autograd.grad(found, tau)
     torch.testing.assert_close(gradient, torch.full((2, 1), -3 / 2))
 
 
 def test_importance_by_hand():
     routing = top([[0.9, 0.1], [0.6, 0.4], [0.2, 0.8]], k=1)
-    close(value(loss("importance"), routing), 0.2**2 / 1.5**2)
-    close(value(loss("importance"), top([[0.9, 0.1], [0.1, 0.9]], k=1)), 0.0)
+    assert_number(value(loss("importance"), routing), 0.2**2 / 1.5**2)
+    assert_number(value(loss("importance"), top([[0.9, 0.1], [0.1, 0.9]], k=1)), 0.0)
 
 
 def test_z_by_hand():
     logits = torch.tensor([[0.0, math.log(3.0)], [5.0, 5.0]])
     routing = Routing(weights=logits.softmax(-1), scores=logits.softmax(-1), logits=logits)
-    close(value(loss("z"), routing), (math.log(4.0) ** 2 + (5 + math.log(2.0)) ** 2) / 2)
+    assert_number(value(loss("z"), routing), (math.log(4.0) ** 2 + (5 + math.log(2.0)) ** 2) / 2)
 
 
 def test_entropy_by_hand():
     routing = top([[0.5, 0.5, 0.0], [1.0, 0.0, 0.0], [1 / 3, 1 / 3, 1 / 3]], k=1)
-    close(value(loss("entropy", q=1), routing), (math.log(2) / math.log(3) + 0 + 1) / 3)
+    assert_number(value(loss("entropy", q=1), routing), (math.log(2) / math.log(3) + 0 + 1) / 3)
     most = (1 - 3 ** (1 - 1.1)) / 0.1
     half = (1 - 2 * 0.5**1.1) / 0.1
-    close(value(loss("entropy"), routing), (half / most + 0 + 1) / 3)
+    assert_number(value(loss("entropy"), routing), (half / most + 0 + 1) / 3)
 
 
 def test_sparsity_by_hand():
@@ -112,7 +112,7 @@ def test_sparsity_by_hand():
     routing = Routing(weights=logits, scores=logits, logits=logits, sparsity=sparsity)
     # lambda_lower(2) = 1 - (3.8 - 2 * 1.5) = 0.2, and 1 - 17 for the second token, which keeps two as it is.
     found = value(loss("sparsity"), routing)
-    close(found, (0.2 + 0.1) / 2)
+    assert_number(found, (0.2 + 0.1) / 2)
     found.backward()
     torch.testing.assert_close(sparsity.grad, torch.tensor([[-0.5], [0.0]]))
     assert logits.grad is None
@@ -294,7 +294,7 @@ def test_a_balance_that_is_constant_in_every_mixture_is_refused():
     scores = logits.softmax(-1)
     for normalised, expected in ((False, 2.0), (True, 1.0)):
         found = value(loss("balance", normalised=normalised), Routing(weights=scores, scores=scores))
-        close(found, expected)
+        assert_number(found, expected)
         (gradient,) = torch.autograd.grad(found, logits, retain_graph=True)
         assert gradient.abs().max() < 1e-15
 

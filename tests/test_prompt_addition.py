@@ -123,7 +123,7 @@ def differentiate(outputs: Sequence[torch.Tensor], leaves: dict[str, torch.Tenso
     return {name: gradient for name, gradient in zip(wanted, found, strict=True) if gradient is not None}
 
 
-def check(case: Case, **tolerance: float) -> None:
+def assert_as_on_the_plain_path(case: Case, **tolerance: float) -> None:
     """Values and gradients are those of the plain path, and no gradient is missing or too many."""
     tolerance = tolerance or CLOSE
     values, expected = ours(case), reference(case)
@@ -139,30 +139,30 @@ def check(case: Case, **tolerance: float) -> None:
 @pytest.mark.parametrize("heads", [(4, 4), (4, 2), (4, 1)], ids=str)
 @pytest.mark.parametrize(("experts", "reads"), [(1, 0), (1, 1), (2, 2), (3, 0)])
 def test_values_and_gradients(heads, heads_first, experts, reads):
-    check(make_case(heads=heads, heads_first=heads_first, experts=experts, reads=reads))
+    assert_as_on_the_plain_path(make_case(heads=heads, heads_first=heads_first, experts=experts, reads=reads))
 
 
 @pytest.mark.parametrize("tokens", [1, 4])
 def test_one_token_and_as_many_tokens_as_heads(tokens):
     case = make_case(tokens=tokens, experts=2, heads_first=True)
-    check(case)
+    assert_as_on_the_plain_path(case)
 
 
 def test_one_routing_weight_for_a_sequence():
-    check(make_case(weight_tokens=1))
+    assert_as_on_the_plain_path(make_case(weight_tokens=1))
 
 
 def test_queries_that_are_a_slice_of_a_wider_tensor():
     case = make_case(heads=(4, 4), experts=2)
     fused = torch.randn(BATCH, TOKENS, 3 * 4 * WIDTH, requires_grad=True)
     case.tensors["query"] = fused[..., : 4 * WIDTH].view(BATCH, TOKENS, 4, WIDTH)
-    check(case)
+    assert_as_on_the_plain_path(case)
 
 
 def test_attention_that_returns_a_strided_tensor():
     case = make_case()
     case.tensors["attended"] = torch.randn(BATCH, 4, TOKENS, WIDTH, requires_grad=True).transpose(1, 2)
-    check(case)
+    assert_as_on_the_plain_path(case)
 
 
 @pytest.mark.parametrize(
@@ -184,7 +184,7 @@ def test_whatever_needs_no_gradient(frozen):
     case = make_case(experts=2)
     for name in frozen:
         case.leaves()[name].requires_grad_(False)
-    check(case)
+    assert_as_on_the_plain_path(case)
 
 
 def test_a_closed_gate_adds_nothing_and_can_open():
@@ -293,7 +293,7 @@ def test_a_subclass_keeps_its_own_forward():
     case = make_case(experts=2)
     single = ours(case)[0].detach()
     case.experts[1].__class__ = Doubled
-    check(case)
+    assert_as_on_the_plain_path(case)
     assert not torch.allclose(ours(case)[0], single, atol=1e-2)
 
 

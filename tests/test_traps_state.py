@@ -63,7 +63,7 @@ class TestKeptCaches:
     def expected(self, model: torch.nn.Module) -> torch.Tensor:
         return logits(model, {"input_ids": self.IDS}, use_cache=False)[:, -1:]
 
-    def check(self, model: torch.nn.Module, cache: StaticCache) -> None:
+    def assert_decodes_as_expected(self, model: torch.nn.Module, cache: StaticCache) -> None:
         cache.reset()
         torch.testing.assert_close(decode(model, cache, self.IDS), self.expected(model), atol=1e-5, rtol=1e-4)
 
@@ -105,7 +105,7 @@ class TestKeptCaches:
         cache = self.cache(model)
         decode(model, cache, self.IDS)
         model.load_adapter(tmp_path, "default", low_cpu_mem_usage=True)
-        self.check(model.eval(), cache)
+        self.assert_decodes_as_expected(model.eval(), cache)
 
     def test_parameters_changed_behind_the_counters_back(self):
         model = trained()
@@ -114,7 +114,7 @@ class TestKeptCaches:
         for name, parameter in model.named_parameters():
             if ".moa." in name:
                 parameter.data.mul_(-1.0)
-        self.check(model, cache)
+        self.assert_decodes_as_expected(model, cache)
 
     def test_deleted_adapters(self):
         model = trained()
@@ -123,7 +123,7 @@ class TestKeptCaches:
             model.add_adapter("other", soft())
             randomise_adapter(model, seed=seed)
             model.set_adapter("other")
-            self.check(model, cache)
+            self.assert_decodes_as_expected(model, cache)
             kept = [len(store) for store in cache.__dict__["moa_generation"].values()]
             model.set_adapter("default")
             model.delete_adapter("other")
@@ -153,7 +153,7 @@ class TestKeptCaches:
             cache = self.cache(model)
             decode(model, cache, self.IDS)
             randomise_adapter(model, seed=3)
-            self.check(model, cache)
+            self.assert_decodes_as_expected(model, cache)
 
 
 class TestModulesToSaveInABlock:
