@@ -20,7 +20,13 @@ from moa_peft import MoAConfig
 from moa_peft.cli import main
 from moa_peft.errors import UserError
 from moa_peft.generation import generate_texts
-from moa_peft.harness import _built_in_manager, check_harness_tasks, load_harness_tasks, run_harness
+from moa_peft.harness import (
+    _DEFAULT_NEW_TOKENS,
+    _built_in_manager,
+    check_harness_tasks,
+    load_harness_tasks,
+    run_harness,
+)
 from moa_peft.harness_results import HarnessResult, HarnessScore
 from tests.matrix import randomise_adapter
 from tests.tiny import save_tiny, tiny_model, tiny_tokenizer
@@ -401,3 +407,10 @@ def test_the_command_of_the_harness_runs_through_exec(
     samples = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
     found = [float(response[0][0]) for sample in samples for response in sample["resps"]]
     assert found == pytest.approx([value for value, _ in expected_likelihoods(model)], abs=1e-3)
+
+
+def test_the_length_that_is_checked_is_that_of_the_harness() -> None:
+    from lm_eval.models import huggingface
+
+    lm: Any = huggingface.HFLM
+    assert lm.max_gen_toks.fget(None) == _DEFAULT_NEW_TOKENS

@@ -246,16 +246,13 @@ def read_search(folder: StudyFolder, job: Job, *, digest: str) -> float | None:
     return math.inf if loss is None else float(loss)
 
 
-def read_record(folder: StudyFolder, job: Job, *, digest: str) -> RunRecord | None:
-    """The record of a finished run, or None."""
+def read_run(folder: StudyFolder, job: Job, *, digest: str) -> tuple[RunRecord, dict[str, Any]] | None:
+    """The record of a finished run, and the versions and hardware that it was made with; None without the run."""
     content = _read(folder.result(job), digest)
-    return None if content is None else RunRecord.from_dict(content["record"], source=str(folder.result(job)))
-
-
-def made_with(folder: StudyFolder, job: Job, *, digest: str) -> dict[str, Any]:
-    """The versions of the libraries and the hardware that a finished run was made with; empty without the run."""
-    content = _read(folder.result(job), digest)
-    return {} if content is None else {key: content.get(key) for key in ("versions", "hardware")}
+    if content is None:
+        return None
+    record = RunRecord.from_dict(content["record"], source=str(folder.result(job)))
+    return record, {key: content.get(key) for key in ("versions", "hardware")}
 
 
 def missing_jobs(

@@ -32,9 +32,8 @@ from moa_peft.study.jobs import (
     finished_tries,
     job_digest,
     job_recipe,
-    made_with,
     missing_jobs,
-    read_record,
+    read_run,
     run_jobs,
     search_jobs,
 )
@@ -145,15 +144,14 @@ class Study:
         outcome = StudyOutcome(failed=[f"{job.name}: {reason}" for job, reason in failed.items()])
         for wanted in self.jobs()[1]:
             job = known.get((wanted.row, wanted.data, wanted.seed))
-            record = None
+            run = None
             if job is not None:
-                digest = job_digest(self.spec, job, data=self.data)
-                record = read_record(self.folder, job, digest=digest)
-                origin = made_with(self.folder, job, digest=digest)
-                if origin and origin not in outcome.made_with:
-                    outcome.made_with.append(origin)
-            if record is not None:
+                run = read_run(self.folder, job, digest=job_digest(self.spec, job, data=self.data))
+            if run is not None:
+                record, origin = run
                 outcome.records.append(named_transfer(record, self.data[wanted.data].transfer))
+                if origin not in outcome.made_with:
+                    outcome.made_with.append(origin)
                 continue
             reason = "not run yet" if job is not None else self._why_no_rate(wanted.row, tries, failed)
             if job is not None and job in failed:
